@@ -1,0 +1,46 @@
+# make demo, make test: each works on a fresh machine that has Python >= 3.11 and make. A second call does not reinstall.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+
+.PHONY: help demo test test-slow lint bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(SOURCES) | $(BIN)/python
+	$(INSTALL) '.'
+	touch $@
+
+$(VENV)/.dev: $(SOURCES) | $(BIN)/python
+	$(INSTALL) '.[dev,gguf,lora]'
+	touch $@ $(VENV)/.base
+
+$(VENV)/.peers: $(VENV)/.dev
+	$(INSTALL) '.[peers]'
+	touch $@
+
+demo: $(VENV)/.base  ## train a tiny model on real preferences, under a minute
+	$(BIN)/dpo demo
+
+test: $(VENV)/.dev  ## the quick tests
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.dev  ## the tests marked slow
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.dev  ## ruff and basedpyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+bench: $(VENV)/.peers  ## step time and memory beside TRL, the padded mode and the floor
+	$(BIN)/python -m pytest -q bench --benchmark-only
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
