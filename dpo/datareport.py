@@ -1,0 +1,114 @@
+"""What became of the rows of one source: counts, reasons with the first rows, and the lines that tell a person."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from dpo.chat import BadRow
+from dpo.errors import UserError
+from dpo.tokenize import Limits
+
+FIRST_ROWS = 5
+
+
+@dataclass
+class Dropped:
+    """Rows dropped for one reason: how many, the first row numbers, and what was found in the first."""
+
+    count: int = 0
+    first_rows: list[int] = field(default_factory=list)
+    detail: str = ""
+
+    def __str__(self) -> str:
+        rows = ", ".join(map(str, self.first_rows)) + (", .." if self.count > len(self.first_rows) else "")
+        detail = f": {self.detail}" if self.detail else ""
+        return f"{self.count} (row{'s' if self.count > 1 else ''} {rows}{detail})"
+
+
+@dataclass
+class DataReport:
+    """Counts of one `load_preferences`.
+
+    source: how messages name it. format: the format recognised. rows: read. groups, pairs, completions: kept. dropped:
+    rows by reason. pairs_dropped: pairs of kept rows, by reason. ties: pairs of equal score. cut_at_eos: completions
+    that had text after an end-of-sequence. longest_prompt, longest_completion: tokens, after truncation.
+    """
+
+    source: str
+    format: str
+    limits: Limits = field(default_factory=Limits)
+    rows: int = 0
+    groups: int = 0
+    pairs: int = 0
+    completions: int = 0
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    pairs_dropped: Counter[str] = field(default_factory=Counter)
+    ties: int = 0
+    truncated_prompts: int = 0
+    truncated_completions: int = 0
+    cut_at_eos: int = 0
+    longest_prompt: int = 0
+    longest_completion: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bad_rows(self) -> int:
+        return sum(dropped.count for dropped in self.dropped.values())
+
+    def drop(self, row: int, bad: BadRow) -> None:
+        dropped = self.dropped.setdefault(bad.reason, Dropped(detail=bad.detail))
+        dropped.count += 1
+        if len(dropped.first_rows) < FIRST_ROWS:
+            dropped.first_rows.append(row)
+
+    def count(self, pairs: int, completions: int, prompt_length: int, completion_length: int) -> None:
+        self.groups += 1
+        self.pairs += pairs
+        self.completions += completions
+        self.longest_prompt = max(self.longest_prompt, prompt_length)
+        self.longest_completion = max(self.longest_completion, completion_length)
+
+    def check(self, max_bad_fraction: float) -> None:
+        """Raise UserError when too many rows, or all of them, could not be used."""
+        if self.bad_rows <= max_bad_fraction * self.rows and self.groups:
+            return
+        expected = (
+            f"at most a fraction of {max_bad_fraction:g} (--max-bad-fraction)"
+            if self.groups
+            else "at least one usable row"
+        )
+        raise UserError(
+            f"{self.source}, read as {self.format}: expected {expected}; "
+            f"found {self.bad_rows} of {self.rows} rows that cannot be used: {self._reasons()}"
+        )
+
+    def lines(self) -> list[str]:
+        """Notices for a person, a line each; the first says what was recognised and kept, the others only what is worth
+        saying."""
+        lines = [
+            f"{self.source}: {self.format}; {self.rows} rows, {self.groups} prompts, {self.pairs} pairs, "
+            f"{self.completions} completions; longest prompt {self.longest_prompt}, completion {self.longest_completion} tokens"
+        ]
+        if self.dropped:
+            lines.append(f"dropped {self.bad_rows} of {self.rows} rows: {self._reasons()}")
+        if self.pairs_dropped:
+            lines.append(
+                "dropped pairs of other rows: "
+                + "; ".join(f"{reason} {n}" for reason, n in sorted(self.pairs_dropped.items()))
+            )
+        if self.ties:
+            lines.append(f"left out {self.ties} pairs of equal score")
+        if self.truncated_prompts:
+            lines.append(f"truncated {self.truncated_prompts} prompts from the left, to {self.limits.prompt} tokens")
+        if self.truncated_completions:
+            lines.append(
+                f"truncated {self.truncated_completions} completions from the right; they get no end-of-sequence"
+            )
+        if self.cut_at_eos:
+            lines.append(f"cut {self.cut_at_eos} completions at an end-of-sequence inside them")
+        return lines + self.notes
+
+    def _reasons(self) -> str:
+        ordered = sorted(self.dropped.items(), key=lambda item: -item[1].count)
+        return "; ".join(f"{reason} {dropped}" for reason, dropped in ordered)

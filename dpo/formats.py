@@ -1,0 +1,260 @@
+"""Preference formats: how a row becomes one prompt, its completions and their comparisons, as text.
+
+The format is a property of the whole source: it is recognised from the columns and the first rows, and printed. A row
+that does not fit is a `BadRow` with a reason that can be counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo.chat import BadRow, Chat, Message, is_messages
+from dpo.errors import UserError
+
+Row = Mapping[str, Any]
+
+HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+ACCEPTED = (
+    "prompt, chosen, rejected; chosen, rejected; prompt, completions, scores (or ranks); "
+    "history, human_ref_A, human_ref_B, labels (text, or lists of role/content messages)"
+)
+
+
+@dataclass(slots=True)
+class Record:
+    """One row as text. `templated`: a chat template wrote the prompt, which then brings its own special tokens.
+    `joint`: the completions still begin with the prompt they share (`prompt` is empty), which is cut off where the
+    tokens are known. `ties`: comparisons left out."""
+
+    row: int
+    prompt: str
+    completions: list[str]
+    pairs: list[tuple[int, int]]
+    templated: bool = False
+    joint: bool = False
+    ties: int = 0
+
+
+@dataclass(frozen=True)
+class Format:
+    """A recognised format. `convert` turns one row into a Record or raises BadRow."""
+
+    name: str
+    convert: Callable[[int, Row], Record]
+    conversational: bool = False
+
+
+def recognise(rows: Sequence[Row], *, label: str, chat: Chat) -> Format:
+    """The format of a source, from its first rows. Raises UserError that names the columns found when there is none
+    that fits."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    has = set(columns).issuperset
+    ranking = "scores" if has({"scores"}) else "ranks"
+    if has({"completions", ranking}):
+        used = ("prompt", "completions") if has({"prompt"}) else ("completions",)
+        kind = _conversational(rows, used)
+        name = f"K completions with {ranking} ({', '.join((*used, ranking))})"
+        return _format(
+            name, kind, lambda row, fields: _scored(row, fields, ranking, chat if kind else None), label, chat
+        )
+    if has({"history", "human_ref_A", "human_ref_B", "labels"}):
+        return Format("SHP (history, human_ref_A, human_ref_B, labels)", _shp)
+    if has({"chosen", "rejected"}) and has({"prompt"}):
+        kind = _conversational(rows, ("prompt", "chosen", "rejected"))
+        name = "explicit prompt (prompt, chosen, rejected)"
+        return _format(
+            name, kind, (lambda row, fields: _messages(row, fields, chat)) if kind else _explicit, label, chat
+        )
+    if has({"chosen", "rejected"}):
+        if _conversational(rows, ("chosen", "rejected")):
+            name = "implicit prompt (chosen, rejected)"
+            return _format(name, True, lambda row, fields: _messages(row, fields, chat), label, chat)
+        if _looks_like_hh(rows):
+            return Format("Anthropic HH transcripts (chosen, rejected)", _hh)
+        return Format("implicit prompt (chosen, rejected: full texts)", _implicit)
+    raise UserError(f"{label}: expected the columns {ACCEPTED}; found {', '.join(map(str, columns)) or 'no columns'}")
+
+
+def _format(name: str, conversational: bool, convert: Callable[[int, Row], Record], label: str, chat: Chat) -> Format:
+    if conversational:
+        chat.require_template(label)
+        name = f"conversational, {name}"
+    return Format(name, convert, conversational)
+
+
+def _conversational(rows: Sequence[Row], fields: Sequence[str]) -> bool:
+    """Whether any field of the first rows holds messages: one such row settles it, and rows of another kind are then
+    counted as bad."""
+
+    def holds(value: object) -> bool:
+        return is_messages(value) or (isinstance(value, list) and any(is_messages(item) for item in value))
+
+    return any(holds(row.get(field)) for row in rows for field in fields)
+
+
+def _looks_like_hh(rows: Sequence[Row]) -> bool:
+    texts = [row["chosen"] for row in rows if isinstance(row.get("chosen"), str)]
+    matching = sum(HH_ASSISTANT in text and text.lstrip().startswith(HH_HUMAN.strip()) for text in texts)
+    return 2 * matching > len(texts)
+
+
+# --- Plain text -------------------------------------------------------------------------------------------------------
+
+
+def _explicit(row: int, fields: Row) -> Record:
+    prompt, chosen, rejected = (_text(fields, field) for field in ("prompt", "chosen", "rejected"))
+    return Record(row, prompt, [chosen, rejected], [(0, 1)])
+
+
+def _implicit(row: int, fields: Row) -> Record:
+    return Record(row, "", [_text(fields, "chosen"), _text(fields, "rejected")], [(0, 1)], joint=True)
+
+
+def _hh(row: int, fields: Row) -> Record:
+    """Transcripts share everything up to the last assistant turn: the prompt ends with "\\n\\nAssistant:", a completion
+    begins after it."""
+    chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
+    marker = common_prefix(chosen, rejected).rfind(HH_ASSISTANT)
+    if marker < 0:
+        raise BadRow("transcripts without a shared assistant turn")
+    cut = marker + len(HH_ASSISTANT)
+    completions = [chosen[cut:], rejected[cut:]]
+    if any(HH_HUMAN in text or HH_ASSISTANT in text for text in completions):
+        raise BadRow("transcripts that part before the last assistant turn")
+    return Record(row, chosen[:cut], completions, [(0, 1)])
+
+
+def _shp(row: int, fields: Row) -> Record:
+    """Dialogue form of the DPO authors' code: "\\n\\nHuman: {history}\\n\\nAssistant:", completions with a space in
+    front. labels 1: A is preferred."""
+    history, a, b = (_text(fields, field) for field in ("history", "human_ref_A", "human_ref_B"))
+    label = fields["labels"]
+    if isinstance(label, bool) or str(label) not in ("0", "1"):
+        raise BadRow("field 'labels' is neither 0 nor 1", f"found {label!r}")
+    pair = (0, 1) if int(label) == 1 else (1, 0)
+    return Record(row, f"{HH_HUMAN} {history}{HH_ASSISTANT}", [f" {a}", f" {b}"], [pair])
+
+
+def common_prefix(a: str, b: str) -> str:
+    """The longest common prefix of two texts, found by halving."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return a[:low]
+
+
+# --- Messages ---------------------------------------------------------------------------------------------------------
+
+
+def _messages(row: int, fields: Row, chat: Chat) -> Record:
+    completions = [chat.messages(_required(fields, name), name) for name in ("chosen", "rejected")]
+    return _rendered(row, fields, completions, [(0, 1)], chat)
+
+
+def _rendered(
+    row: int, fields: Row, completions: list[list[Message]], pairs: list[tuple[int, int]], chat: Chat
+) -> Record:
+    prompt = _required(fields, "prompt") if "prompt" in fields else []
+    if isinstance(prompt, str):
+        # UltraFeedback's prompt repeats what the conversations already begin with.
+        whole = all(turns and turns[0]["role"] != "assistant" for turns in completions)
+        prompt = [] if whole else [{"role": "user", "content": prompt}]
+    turns, replies = chat.split(chat.messages(prompt, "prompt"), completions)
+    text, texts = chat.render(turns, replies)
+    return Record(row, text, texts, pairs, templated=True)
+
+
+# --- K completions ----------------------------------------------------------------------------------------------------
+
+
+def _scored(row: int, fields: Row, ranking: str, chat: Chat | None) -> Record:
+    """All pairs of completions whose scores differ (higher is better; for ranks, lower is), in the order (0, 1), (0,
+    2), .., (1, 2), ..
+
+    A completion that is empty, and a pair of equal texts, leaves the others of its row alone."""
+    completions, values = _required(fields, "completions"), _numbers(fields, ranking)
+    if not isinstance(completions, list):
+        raise BadRow("field 'completions' is not a list")
+    if len(completions) != len(values):
+        raise BadRow(f"as many completions as {ranking} expected", f"found {len(completions)} and {len(values)}")
+    if len(completions) < 2:
+        raise BadRow("fewer than two completions")
+    better = [-value for value in values] if ranking == "ranks" else values
+    pairs = scored_pairs(better)
+    ties = len(values) * (len(values) - 1) // 2 - len(pairs)
+    if not pairs:
+        raise BadRow(f"all {ranking} tie")
+    if chat is None:
+        prompt = _text(fields, "prompt") if "prompt" in fields else ""
+        if any(not isinstance(text, str) for text in completions):
+            raise BadRow("field 'completions' holds something that is not text")
+        return Record(row, prompt, list(completions), pairs, ties=ties)
+    record = _rendered(row, fields, [chat.messages(item, "completions") for item in completions], pairs, chat)
+    record.ties = ties
+    return record
+
+
+def prune(record: Record, same: Sequence[Any], *, after: str = "") -> dict[str, int]:
+    """Drop a record's pairs that have an empty completion or two equal ones. Returns how many, by reason.
+
+    `same`: what equality is judged by, one item a completion (texts or token ids), falsy where the completion is empty.
+    Raises BadRow when no pair is left."""
+    kept: list[tuple[int, int]] = []
+    dropped: dict[str, int] = {}
+    for chosen, rejected in record.pairs:
+        if not same[chosen] or not same[rejected]:
+            reason = f"empty completion{after}"
+        elif same[chosen] == same[rejected]:
+            reason = f"identical chosen and rejected{after}"
+        else:
+            kept.append((chosen, rejected))
+            continue
+        dropped[reason] = dropped.get(reason, 0) + 1
+    if not kept:
+        raise BadRow(max(dropped, key=lambda reason: dropped[reason]))
+    record.pairs = kept
+    return dropped
+
+
+def scored_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
+    """(better, worse) for every two scores that differ, ordered by the smaller, then the larger index."""
+    count = len(scores)
+    return [
+        (i, j) if scores[i] > scores[j] else (j, i)
+        for i in range(count)
+        for j in range(i + 1, count)
+        if scores[i] != scores[j]
+    ]
+
+
+# --- Fields -----------------------------------------------------------------------------------------------------------
+
+
+def _required(fields: Row, field: str) -> Any:
+    value = fields.get(field)
+    if value is None:
+        raise BadRow(f"field '{field}' missing")
+    return value
+
+
+def _text(fields: Row, field: str) -> str:
+    value = _required(fields, field)
+    if not isinstance(value, str):
+        raise BadRow(f"field '{field}' is not text", f"found {type(value).__name__}")
+    return value
+
+
+def _numbers(fields: Row, field: str) -> list[float]:
+    values = _required(fields, field)
+    if not isinstance(values, list):
+        raise BadRow(f"field '{field}' is not a list")
+    if any(
+        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) for value in values
+    ):
+        raise BadRow(f"field '{field}' holds something that is not a finite number")
+    return values
