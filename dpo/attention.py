@@ -1,14 +1,15 @@
 """Attention over a packed row, as an attention function of Transformers (`AttentionInterface`, name `dpo_segments`).
 
-The row's layout travels as `segments=` of `model(...)`. A segment's queries attend to its prefix rows and to its own rows, causally;
-sliding windows and soft-capping are what the layer asks for. Two backends share the layout:
+The row's layout travels as `segments=` of `model(...)`. A segment's queries attend to its prefix rows and to its own
+rows, causally; sliding windows and soft-capping are what the layer asks for. Two backends share the layout:
 - CPU: one fused attention call a segment, inside one autograd function (below: why);
 - CUDA: one variable-length call over all segments, prefix keys gathered (`dpo.varlen`).
 
-No mask function is registered for the name: Transformers then builds no mask at all (and does not search position ids for
-packed sequences, which would wait for the device).
+No mask function is registered for the name: Transformers then builds no mask at all (and does not search position ids
+for packed sequences, which would wait for the device).
 
-Shapes: A attention heads, K key-value heads, S packed tokens, D head dimension, q and k queries and keys of one segment.
+Shapes: A attention heads, K key-value heads, S packed tokens, D head dimension, q and k queries and keys of one
+segment.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def segment_attention(
     """
     if segments is None:
         raise RuntimeError(
-            f"attention {ATTENTION!r}: `segments` did not reach {type(module).__name__}: call the model with segments=batch.segments, "
-            "or select another attention with model.set_attn_implementation"
+            f"attention {ATTENTION!r}: `segments` did not reach {type(module).__name__}: call the model with "
+            "segments=batch.segments, or select another attention with model.set_attn_implementation"
         )
     _check_call(module, query, attention_mask, dropout, segments, kwargs)
     segments.cache["calls"] = segments.cache.get("calls", 0) + 1
@@ -76,7 +77,8 @@ def _check_call(
     name = type(module).__name__
     if query.shape[0] != 1 or query.shape[2] != segments.q_stop[-1]:
         raise RuntimeError(
-            f"{name}: expected queries of one packed row of {segments.q_stop[-1]} tokens, found {query.shape[0]} rows of {query.shape[2]}"
+            f"{name}: expected queries of one packed row of {segments.q_stop[-1]} tokens, "
+            f"found {query.shape[0]} rows of {query.shape[2]}"
         )
     if attention_mask is not None:
         raise RuntimeError(
@@ -92,15 +94,16 @@ def _check_call(
 def flash_segments(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None = None
 ) -> Tensor:
-    """Attention of every segment on the CPU. query [1, A, S, D], key, value [1, K, S, D] of one dtype; returns [1, S, A, D]."""
+    """Attention of every segment on the CPU. query [1, A, S, D], key, value [1, K, S, D] of one dtype; returns [1, S,
+    A, D]."""
     return _FlashSegments.apply(query, key, value, segments, scale, window)  # pyright: ignore[reportReturnType]
 
 
 class _FlashSegments(torch.autograd.Function):
     """The CPU flash kernel once a segment.
 
-    One function for the whole row because autograd's backward of every slice of q, k and v is a zero-filled tensor of the whole row
-    plus an addition: with two slices a group that costs more than the attention itself.
+    One function for the whole row because autograd's backward of every slice of q, k and v is a zero-filled tensor of
+    the whole row plus an addition: with two slices a group that costs more than the attention itself.
     """
 
     @staticmethod
@@ -168,7 +171,8 @@ def _operands(
 
 
 def segment_mask(segments: Segments, index: int, window: int | None, like: Tensor) -> Tensor:
-    """Additive mask [q, k] of one segment (0 or -inf) in the dtype and on the device of `like`, cached in the layout."""
+    """Additive mask [q, k] of one segment (0 or -inf) in the dtype and on the device of `like`, cached in the
+    layout."""
     keys = segments.q_stop[index] - segments.q_start[index] + segments.prefix_stop[index] - segments.prefix_start[index]
     window = None if window is None or window >= keys else window
     cache_key = (index, window, like.dtype, like.device)
@@ -193,7 +197,8 @@ def eager_segments(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Plain attention of every segment, with soft-capping. Shapes as `flash_segments`; any dtype, softmax in at least fp32."""
+    """Plain attention of every segment, with soft-capping. Shapes as `flash_segments`; any dtype, softmax in at least
+    fp32."""
     groups = query.shape[1] // key.shape[1]
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
     outputs = []

@@ -1,10 +1,12 @@
-"""The causal LM as a trunk and a head: load it, make it ready for packed rows, run it on a batch.
+"""The causal LM as a trunk and a head: make it ready for a layout and run it on a batch.
 
 Shapes: B, S rows and tokens of a batch, N completion tokens, H hidden, V vocabulary, C completions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,25 +15,43 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo.attention import ATTENTION
+from dpo.load import eos_token_ids, load_model, load_tokenizer
 from dpo.packing import Layout, PackedBatch
+from dpo.support import refuse_lengths, refuse_unsupported
 
 try:
     from dpo_kernels import linear_token_logps
 except ImportError:
 
     def linear_token_logps(hidden, weight, targets, *, bias=None, logit_scale=1.0, softcap=None, **_):
-        logits = (
-            nn.functional.linear(hidden, weight, bias).to(torch.promote_types(hidden.dtype, torch.float32))
-            * logit_scale
-        )
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logits = nn.functional.linear(hidden, weight, bias).to(dtype) * logit_scale
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
+__all__ = [
+    "Head",
+    "LogPs",
+    "decoder_of",
+    "eos_token_ids",
+    "head_of",
+    "load_model",
+    "load_tokenizer",
+    "prepare",
+    "shared_logps",
+    "stock_attention",
+    "trunk",
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The LM head: logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap). weight [V, H], bias [V] or None."""
+    """The LM head: logits = cap(logit_scale * (hidden @ weight.T + bias)), cap(z) = softcap * tanh(z / softcap).
+
+    weight: [V, H]. bias: [V] or None. softcap: None for none. trainable: whether the weight requires a gradient.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -42,41 +62,89 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class LogPs:
-    """token_logps: [N] log-probs of the batch's targets (fp32; float64 for a float64 model). completion_logps: [C] float64, their sums."""
+    """Log-probs of a batch: token_logps [N] of its targets (fp32; float64 for a float64 model), and completion_logps
+    [C] float64, their sums."""
 
     token_logps: Tensor
     completion_logps: Tensor
 
 
+def prepare(model: PreTrainedModel, layout: Layout) -> None:
+    """Select the attention of `layout` ("padded": the model's own), switch the cache off, and refuse what would be
+    inexact.
+
+    Raises UserError naming what the model has and the flag to use instead. May be called again with another layout.
+    """
+    refuse_unsupported(model, layout)
+    model.config.use_cache = False
+    if layout == "padded":
+        model.set_attn_implementation(_stock_name(model))
+        return
+    _stock_name(model)
+    model.set_attn_implementation(ATTENTION)
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Run the model with its own attention inside the block: for plain forwards and for `generate`."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_stock_name(model))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _stock_name(model: PreTrainedModel) -> str:
+    current = model.config._attn_implementation
+    if current != ATTENTION:
+        model._dpo_stock_attention = current  # pyright: ignore[reportAttributeAccessIssue]
+    return getattr(model, "_dpo_stock_attention", None) or ("sdpa" if model._supports_sdpa else "eager")
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
     """The model without its LM head, final norm included."""
-    return model.get_decoder()
+    return model.get_decoder()  # pyright: ignore[reportCallIssue]
 
 
-def prepare(model: PreTrainedModel, layout: Layout) -> None:
-    model.config.use_cache = False
-    model.set_attn_implementation(ATTENTION if layout != "padded" else "sdpa" if model._supports_sdpa else "eager")
+def trunk(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Hidden rows that go to the LM head, [N, H] (differentiable). The batch is on the model's device.
 
-
-def trunk(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Hidden rows that go to the LM head, [N, H] (differentiable)."""
-    kwargs: dict[str, Any] = {}
-    if batch.segments is not None:
-        kwargs = {"position_ids": batch.position_ids, "segments": batch.segments}
-    # padded rows need no mask: padding is to the right of every token, where a causal model does not look
-    out = decoder_of(model)(input_ids=batch.input_ids, use_cache=False, **kwargs)
-    return out.last_hidden_state.flatten(0, 1).index_select(0, batch.logit_rows)
+    Raises RuntimeError when a layer of the model did not take the packed row's attention, instead of computing wrongly.
+    """
+    refuse_lengths(model, batch)
+    if batch.segments is None:
+        # no mask: padding is to the right of every token, where a causal model does not look
+        out = decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
+        return out.last_hidden_state.flatten(0, 1).index_select(0, batch.logit_rows)
+    batch.segments.cache["calls"] = 0
+    out = decoder_of(model)(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, segments=batch.segments
+    )
+    calls, layers = batch.segments.cache["calls"], model.config.get_text_config(decoder=True).num_hidden_layers
+    if calls < layers:
+        raise RuntimeError(
+            f"{type(model).__name__}: {calls} of {layers} layers used the attention {ATTENTION!r}: select it with "
+            "dpo.model.prepare, or use the padded layout"
+        )
+    return out.last_hidden_state.squeeze(0).index_select(0, batch.logit_rows)
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The LM head's tensors and its post-processing of logits, as the model's configuration states it."""
+    """The LM head's tensors, and what the model's configuration says is done to its logits."""
     linear = model.get_output_embeddings()
-    config = model.config.get_text_config()
+    if linear is None or not isinstance(getattr(linear, "weight", None), Tensor):
+        raise ValueError(f"model: expected a linear LM head, found {type(linear).__name__} in {type(model).__name__}")
+    config = model.config.get_text_config(decoder=True)
     scale = 1.0
     if getattr(config, "logits_scaling", None):
-        scale = 1.0 / config.logits_scaling
+        # Granite divides by it, HyperCLOVA X multiplies
+        multiplies = config.model_type.startswith("hyperclovax")
+        scale = config.logits_scaling if multiplies else 1.0 / config.logits_scaling
     elif getattr(config, "logit_scale", None):
         scale = config.logit_scale
+    elif getattr(config, "lm_head_multiplier", None):
+        scale = config.lm_head_multiplier
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(linear.weight, getattr(linear, "bias", None), float(scale), softcap, linear.weight.requires_grad)
 
@@ -84,12 +152,15 @@ def head_of(model: PreTrainedModel) -> Head:
 def shared_logps(model: PreTrainedModel, batch: PackedBatch, **head_options: Any) -> LogPs:
     """Log-probs of every completion of a packed batch from one forward pass, differentiable.
 
-    model: made ready by `prepare`. batch: from `dpo.pack`, on the model's device. head_options: of `dpo_kernels.linear_token_logps`.
+    model: any causal LM of Transformers; `prepare` is called for the batch's layout if its attention is another. batch:
+    from `dpo.pack`, on the model's device. head_options: options of `dpo_kernels.linear_token_logps` (temperature,
+    plan, ...).
     """
+    if (batch.segments is not None) != (model.config._attn_implementation == ATTENTION):
+        prepare(model, batch.layout)
     head = head_of(model)
-    hidden = trunk(model, batch)
     token_logps = linear_token_logps(
-        hidden,
+        trunk(model, batch),
         head.weight,
         batch.targets,
         bias=head.bias,

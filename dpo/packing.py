@@ -1,12 +1,13 @@
 """Packing: preference groups to the flat tensors of one forward pass.
 
-A group (one prompt, its K completions) is laid out once: [prompt | y_1 | ... | y_K]. Position ids of every completion restart after the
-prompt, a completion attends to the prompt and to itself only, and several groups share one row. The prompt's last hidden row
-predicts the first token of every completion, so it appears K times in `logit_rows`.
+A group (one prompt, its K completions) is laid out once: [prompt | y_1 | ... | y_K]. Position ids of every completion
+restart after the prompt, a completion attends to the prompt and to itself only, and several groups share one row. The
+prompt's last hidden row predicts the first token of every completion, so it appears K times in `logit_rows`.
 
 Everything here is plain numpy and CPU torch, picklable, and runs in data workers.
 
-Shapes: B rows of the batch, S packed tokens, N completion tokens (rows of the LM head), G groups, C completions, T pairs, M segments.
+Shapes: B rows of the batch, S packed tokens, N completion tokens (rows of the LM head), G groups, C completions, T
+pairs, M segments.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from dpo.errors import UserError
 from dpo.segments import Segments, ranges
 
 Layout = Literal["shared", "packed", "padded"]
-"""shared: [prompt | y_1 | ... | y_K]; packed: the prompt repeated before every completion, no padding; padded: one a row, padded right."""
+"""shared: [prompt | y_1 | ... | y_K]; packed: the prompt repeated before every completion, no padding; padded: one a
+row, padded right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,12 @@ class Group:
 class PackedBatch:
     """One forward pass: what the trunk reads, and which of its hidden rows predict which targets of which completion.
 
-    input_ids, position_ids: [B, S] int64 (B = 1 unless padded). attention_mask: [B, S] int64, 1 at tokens (padded only).
-    segments: what the attention needs (None when padded). logit_rows: [N] int64 into the flattened [B * S] hidden rows; row n
-    predicts targets[n] (int64) of completion completion_ids[n] (int64, 0..C-1 group by group, each completion's tokens adjacent and in order).
-    chosen, rejected: [T] int64 into the completions of this batch. pair_weights: [T] float64, or None for equal weights.
-    completion_lengths, group_of_completion: [C] int64. rows: the row id of each group, length G.
+    input_ids, position_ids: [B, S] int64 (B = 1 unless padded). attention_mask: [B, S] int64, 1 at tokens (padded
+    only). segments: what the attention needs (None when padded). logit_rows: [N] int64 into the flattened [B * S]
+    hidden rows; row n predicts targets[n] (int64) of completion completion_ids[n] (int64, 0..C-1 group by group, each
+    completion's tokens adjacent and in order). chosen, rejected: [T] int64 into the completions of this batch.
+    pair_weights: [T] float64, or None for equal weights. completion_lengths, group_of_completion: [C] int64. rows: the
+    row id of each group, length G. sequence_lengths: the shortest and the longest prompt + completion, in tokens.
     """
 
     input_ids: Tensor
@@ -63,6 +66,7 @@ class PackedBatch:
     completion_lengths: Tensor
     group_of_completion: Tensor
     rows: tuple[int | str, ...]
+    sequence_lengths: tuple[int, int]
     layout: Layout
     pair_weights: Tensor | None = None
 
@@ -103,8 +107,8 @@ class PackedBatch:
 def pack(groups: Sequence[Group], *, layout: Layout = "shared") -> PackedBatch:
     """Lay groups out as one batch.
 
-    groups: at least one. layout: see `Layout`. Returns a PackedBatch on the CPU.
-    Raises UserError for a group that cannot be laid out: a prompt or a completion with no token, or a pair that names no completion.
+    groups: at least one. layout: see `Layout`. Returns a PackedBatch on the CPU. Raises UserError for a group that
+    cannot be laid out: a prompt or a completion with no token, or a pair that names no completion.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout: expected one of {get_args(Layout)}, found {layout!r}")
@@ -143,6 +147,7 @@ def pack(groups: Sequence[Group], *, layout: Layout = "shared") -> PackedBatch:
     logit_rows = ranges(offsets[is_completion] - 1, completion_lengths)
     logit_rows[np.cumsum(completion_lengths) - completion_lengths] = last_prompt_row
 
+    sequence_lengths = completion_lengths + np.repeat([prompt.size for prompt in prompts], per_group)
     pairs = [
         (first + w, first + lo) for group, first in zip(groups, first_completion, strict=True) for w, lo in group.pairs
     ]
@@ -161,6 +166,7 @@ def pack(groups: Sequence[Group], *, layout: Layout = "shared") -> PackedBatch:
         completion_lengths=torch.from_numpy(completion_lengths),
         group_of_completion=torch.from_numpy(np.repeat(np.arange(len(groups)), per_group)),
         rows=tuple(group.row for group in groups),
+        sequence_lengths=(int(sequence_lengths.min()), int(sequence_lengths.max())),
         layout=layout,
     )
 
@@ -179,14 +185,16 @@ def _check_group(group: Group) -> None:
     for chosen, rejected in group.pairs:
         if not (0 <= chosen < len(group.completions) and 0 <= rejected < len(group.completions)) or chosen == rejected:
             raise UserError(
-                f"{where}: pairs: expected two different indices below {len(group.completions)}, found ({chosen}, {rejected})"
+                f"{where}: pairs: expected two different indices below {len(group.completions)}, "
+                f"found ({chosen}, {rejected})"
             )
 
 
 def _lay_out(
     prompts: list[np.ndarray], completions: list[list[np.ndarray]], layout: Layout
 ) -> tuple[list[np.ndarray], np.ndarray, tuple[list[int], ...] | None]:
-    """Pieces in the order of the row, the position id each starts at, and (q_start, q_stop, prefix_start, prefix_stop) a segment."""
+    """Pieces in the order of the row, the position id each starts at, and (q_start, q_stop, prefix_start, prefix_stop)
+    a segment."""
     pieces: list[np.ndarray] = []
     starts: list[int] = []
     q_start, q_stop, prefix_start, prefix_stop = [], [], [], []
@@ -232,7 +240,8 @@ def _pad(
 
 @dataclass(frozen=True, slots=True)
 class BinPlan:
-    """Which groups share a forward pass. bins: indices of groups; fill: tokens over (bins * budget), 1.0 being no room left."""
+    """Which groups share a forward pass. bins: indices of groups; fill: tokens over (bins * budget), 1.0 being no room
+    left."""
 
     bins: list[list[int]]
     fill: float
@@ -240,8 +249,9 @@ class BinPlan:
 
 @dataclass(frozen=True, slots=True)
 class GroupPart:
-    """A part of a group that is larger than the budget. group: the prompt with some of the completions and no pairs (the caller, who has
-    log-probs of every part, handles them); completions: which of the whole group's completions these are."""
+    """A part of a group that is larger than the budget. group: the prompt with some of the completions and no pairs
+    (the caller, who has log-probs of every part, handles them); completions: which of the whole group's completions
+    these are."""
 
     group: Group
     completions: tuple[int, ...]
@@ -256,9 +266,10 @@ def group_cost(group: Group, layout: Layout = "shared") -> int:
 def plan_bins(costs: Sequence[int], budget: int, *, rows: Sequence[int] | None = None) -> list[list[int]]:
     """First-fit decreasing bin packing, deterministic.
 
-    costs: tokens of each item, at most `budget` each. rows: of padded items, how many rows each has: items of one bin are then padded to
-    the widest of them, so a bin costs (sum of rows) * (largest cost / rows). Returns lists of indices, ascending within a bin, largest
-    items' bins first. Raises ValueError for an item over the budget (see `split_group`).
+    costs: tokens of each item, at most `budget` each. rows: of padded items, how many rows each has: items of one bin
+    are then padded to the widest of them, so a bin costs (sum of rows) * (largest cost / rows). Returns lists of
+    indices, ascending within a bin, largest items' bins first. Raises ValueError for an item over the budget (see
+    `split_group`).
     """
     cost = np.asarray(costs, dtype=np.int64)
     if cost.size and (cost.max() > budget or cost.min() <= 0):
@@ -288,7 +299,8 @@ def plan_bins(costs: Sequence[int], budget: int, *, rows: Sequence[int] | None =
 
 
 def plan_groups(groups: Sequence[Group], budget: int, layout: Layout = "shared") -> BinPlan:
-    """Bins of at most `budget` token positions for `groups`, none of which may be larger than the budget alone (see `split_group`)."""
+    """Bins of at most `budget` token positions for `groups`, none of which may be larger than the budget alone (see
+    `split_group`)."""
     costs = [group_cost(group, layout) for group in groups]
     rows = [len(group.completions) for group in groups] if layout == "padded" else None
     bins = plan_bins(costs, budget, rows=rows)

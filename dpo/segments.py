@@ -1,8 +1,9 @@
 """The layout object that travels to every attention layer: which rows of a packed row attend to which.
 
-Queries are rows [q_start, q_stop); their keys are rows [prefix_start, prefix_stop) and then rows [q_start, q_stop), causal and aligned
-at the bottom right: query i of a segment sees all of the prefix and the segment's own rows up to i. For a group
-[prompt | y_1 | ... | y_K] the segments are prompt + y_1 with no prefix, and y_2 .. y_K with the prompt as prefix.
+Queries are rows [q_start, q_stop); their keys are rows [prefix_start, prefix_stop) and then rows [q_start, q_stop),
+causal and aligned at the bottom right: query i of a segment sees all of the prefix and the segment's own rows up to i.
+For a group [prompt | y_1 | ... | y_K] the segments are prompt + y_1 with no prefix, and y_2 .. y_K with the prompt as
+prefix.
 
 Shapes: M segments, S packed tokens (queries), L keys of all segments together.
 """
@@ -23,11 +24,12 @@ class Segments:
     """Attention tables of one packed row.
 
     q_start, q_stop, prefix_start, prefix_stop: M integers each; the q ranges are adjacent and cover the row.
-    cu_seqlens_q, cu_seqlens_k: [M + 1] int32 offsets of the segments among queries and among gathered keys.
-    key_index: [L] int64, the row of each gathered key. own_key: [S] int64, where in key_index a row stands as a key of its own segment.
-    extra_keys: [E] int64, where the further copies of prompt rows stand in key_index; extra_rows: [E] int64, their rows. They are sorted in
-    rounds (sizes in `rounds`): round r holds the copy number r of every prompt that has so many, so that no row comes twice in a round and
-    a sum over rounds is deterministic. max_q, max_k: the longest segment, in queries and in keys.
+    cu_seqlens_q, cu_seqlens_k: [M + 1] int32 offsets of the segments among queries and among gathered keys. key_index:
+    [L] int64, the row of each gathered key. own_key: [S] int64, where in key_index a row stands as a key of its own
+    segment. extra_keys: [E] int64, where the further copies of prompt rows stand in key_index; extra_rows: [E] int64,
+    their rows. They are sorted in rounds (sizes in `rounds`): round r holds the copy number r of every prompt that has
+    so many, so that no row comes twice in a round and a sum over rounds is deterministic. max_q, max_k: the longest
+    segment, in queries and in keys.
     """
 
     q_start: tuple[int, ...]
@@ -44,7 +46,8 @@ class Segments:
     max_q: int
     max_k: int
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """Scratch of the attention backends (masks, built once a batch and not once a layer); neither pickled nor copied."""
+    """Scratch of the attention backends (masks, built once a batch and not once a layer); neither pickled nor
+    copied."""
 
     @classmethod
     def build(

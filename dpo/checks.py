@@ -1,0 +1,108 @@
+"""Does the packed forward compute what plain forwards of the same model compute? Asked on the first bin of a run.
+
+Shapes: N completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo.errors import UserError
+from dpo.model import prepare, shared_logps, stock_attention
+from dpo.packing import Group, Layout, group_cost, pack
+
+_FLOOR = {torch.float64: 1e-6, torch.float32: 1e-4}
+_HALF_FLOOR = 2e-2
+_NOISE_FACTOR = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class SharingCheck:
+    """Largest difference of a token's log-prob between the layout and plain forwards, the noise between two plain
+    layouts, the tolerance that follows, all in nats, and how many tokens were compared."""
+
+    max_abs_error: float
+    noise: float
+    tolerance: float
+    num_tokens: int
+
+
+def check_sharing(
+    model: PreTrainedModel, groups: Sequence[Group], layout: Layout = "shared", *, max_tokens: int = 1024
+) -> SharingCheck:
+    """Compare the layout's log-probs with one-sequence-at-a-time forwards of the same model with its own attention.
+
+    groups: the first bin; a subset of at most about `max_tokens` tokens of plain forwards is compared (never less than
+    one group). The tolerance is 5 times the noise between two plain layouts (single rows, and rows padded to a batch),
+    with a floor of the dtype. Leaves the model prepared for `layout`. Raises UserError when the difference is over the
+    tolerance.
+    """
+    subset = _subset(groups, max_tokens)
+    with torch.no_grad():
+        prepare(model, "padded")
+        plain = _plain_logps(model, subset)
+        padded = shared_logps(model, pack(subset, layout="padded").to(model.device)).token_logps.double()
+        prepare(model, layout)
+        batch = pack(subset, layout=layout)
+        packed = shared_logps(model, batch.to(model.device)).token_logps.double()
+    noise = float((padded - plain).abs().max())
+    precision = _precision(model)
+    tolerance = max(_FLOOR.get(precision, _HALF_FLOOR), _NOISE_FACTOR * noise)
+    error = (packed - plain).abs()
+    result = SharingCheck(float(error.max()), noise, tolerance, plain.numel())
+    # written so that a difference or a noise that is not a number fails too
+    if not result.max_abs_error <= tolerance < float("inf"):
+        completion = int(batch.completion_ids[int(error.nan_to_num(torch.inf).argmax())])
+        row = batch.rows[int(batch.group_of_completion[completion])]
+        raise UserError(_message(model, layout, result, row))
+    return result
+
+
+def _message(model: PreTrainedModel, layout: Layout, result: SharingCheck, row: int | str) -> str:
+    way_out = {"shared": "use --no-share-prefix or --padded", "packed": "use --padded"}.get(layout, "report the model")
+    return (
+        f"{type(model).__name__}: the {layout} forward differs from plain forwards of the same model by "
+        f"{result.max_abs_error:.2e} in a token's log-prob (row {row}), more than {result.tolerance:.2e} allowed: "
+        f"{way_out} (--no-check-sharing trains on regardless)"
+    )
+
+
+def _subset(groups: Sequence[Group], max_tokens: int) -> list[Group]:
+    """Groups in order while their plain forwards stay within max_tokens; the smallest one, with two completions, if
+    none does."""
+    chosen, left = [], max_tokens
+    for group in groups:
+        cost = group_cost(group, "packed")
+        if cost <= left:
+            chosen.append(group)
+            left -= cost
+    if not chosen:
+        smallest = min(groups, key=lambda group: group_cost(group, "packed"))
+        chosen = [replace(smallest, completions=smallest.completions[:2], pairs=())]
+    return [replace(group, pairs=()) for group in chosen]
+
+
+def _plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
+    """Log-probs [N] float64 from one ordinary call of the model a completion, its own logits included."""
+    out = []
+    with stock_attention(model):
+        for group in groups:
+            for completion in group.completions:
+                ids = torch.tensor([[*group.prompt, *completion]], device=model.device)
+                # logits_to_keep spares the prompt's logits; models that do not know it return them all
+                logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(completion) + 1).logits[0]
+                rows = logits[-len(completion) - 1 : -1]
+                rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+                target = ids[0, -len(completion) :, None]
+                out.append(rows.log_softmax(-1).gather(-1, target)[:, 0].double())
+    return torch.cat(out)
+
+
+def _precision(model: PreTrainedModel) -> torch.dtype:
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype

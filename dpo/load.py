@@ -1,0 +1,133 @@
+"""Loading a causal LM and its tokenizer, with one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from dpo.errors import UserError
+
+_LOG = logging.getLogger("dpo")
+_DROPOUT = re.compile(r"(^|_)(dropout|drop|pdrop|layerdrop)(_|$)|dropout")
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    keep_dropout: bool = False,
+    name: str = "--model",
+) -> PreTrainedModel:
+    """Load a causal LM for training: weights in `dtype`, no key-value cache, dropout 0 unless `keep_dropout`.
+
+    path: a folder, a model id, a `.gguf` file, or a folder that holds one. name: the flag that errors name.
+    Raises UserError when nothing is there, when it is not a causal LM, or when weights are missing from the checkpoint.
+    """
+    options = _source(path, name)
+    config = _load(AutoConfig.from_pretrained, name, path, **options, trust_remote_code=trust_remote_code)
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.is_encoder_decoder or not (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise UserError(f"{name} {path}: expected a causal language model, found model type {config.model_type!r}")
+    if not keep_dropout:
+        _zero_dropout(config, name)
+    model, info = _load(
+        AutoModelForCausalLM.from_pretrained,
+        name,
+        path,
+        **options,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{name} {path}: expected every weight, found {len(missing)} missing, the first {missing[0]!r}")
+    if "gguf_file" in options:
+        _forget_gguf(model)
+    elif getattr(model, "hf_quantizer", None) is not None and not getattr(model.hf_quantizer, "is_trainable", False):
+        kind = getattr(model.hf_quantizer.quantization_config, "quant_method", "unknown")
+        raise UserError(f"{name} {path}: expected plain weights, found weights quantized with {kind}, not trainable")
+    model.config.use_cache = False
+    return model
+
+
+def load_tokenizer(
+    path: str, *, trust_remote_code: bool = False, name: str = "--model", **options: Any
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model. Raises UserError when there is none."""
+    options = {**_source(path, name), **options}
+    return _load(AutoTokenizer.from_pretrained, name, path, **options, trust_remote_code=trust_remote_code)
+
+
+def eos_token_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Every end-of-sequence id of the model, the tokenizer's own first (it is the one to append); empty when there is
+    none."""
+    found: list[int] = []
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        found.append(int(tokenizer.eos_token_id))
+    for config in () if model is None else (getattr(model, "generation_config", None), model.config):
+        ids = getattr(config, "eos_token_id", None)
+        found += [ids] if isinstance(ids, int) else list(ids or ())
+    return list(dict.fromkeys(found))
+
+
+def _source(path: str, name: str) -> dict[str, Any]:
+    """Options of `from_pretrained` that find a GGUF file; folders that hold no model are refused before they are
+    searched for online."""
+    local = Path(path)
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise UserError(f"{name} {path}: expected a folder, a model id or a .gguf file, found another file")
+        return {"gguf_file": local.name, "subfolder": ""}
+    if local.is_dir():
+        if not (local / "config.json").exists():
+            files = sorted(local.glob("*.gguf"))
+            if len(files) != 1:
+                raise UserError(f"{name} {path}: expected config.json or one .gguf file in the folder, found neither")
+            return {"gguf_file": files[0].name}
+    elif local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise UserError(f"{name} {path}: expected a folder with a model, found no such folder")
+    return {}
+
+
+def _load(function: Any, name: str, path: str, **options: Any) -> Any:
+    options = dict(options)
+    local = Path(path)
+    source = str(local.parent) if local.is_file() else path
+    options.pop("subfolder", None)
+    try:
+        return function(source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name} {path}: cannot be loaded: {reason[:300]}") from error
+
+
+def _zero_dropout(config: Any, name: str) -> None:
+    changed = []
+    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+        for field, value in list(vars(part).items()):
+            if _DROPOUT.search(field) and isinstance(value, float) and value > 0:
+                setattr(part, field, 0.0)
+                changed.append(f"{field} {value}")
+    if changed:
+        _LOG.warning("%s: dropout set to 0: %s", name, ", ".join(changed))
+
+
+def _forget_gguf(model: Any) -> None:
+    """Weights out of a GGUF file are plain, but Transformers keeps the model marked as quantized: it could be neither
+    saved nor trained."""
+    model.hf_quantizer = None
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    for attribute in ("quantization_method", "_is_quantized_training_enabled"):
+        if attribute in vars(model):
+            delattr(model, attribute)
