@@ -1,0 +1,1 @@
+"""The Triton backend: importing it needs triton, using it a GPU or an interpreter."""
