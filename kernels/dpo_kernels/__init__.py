@@ -1,0 +1,27 @@
+"""Fused kernels for Direct Preference Optimization: log-probs, pair losses and the LM head, on plain tensors."""
+
+from .common import TokenStats
+from .fused import LinearPairLoss, dpo_loss_from_logits, linear_dpo_loss
+from .head import linear_token_logps
+from .logps import token_logps
+from .modules import DPOLoss, LinearDPOLoss
+from .pairs import LOSSES, PairLoss, pair_loss
+from .paper import dpo_loss
+from .plans import Plan, choose_plan
+
+__all__ = [
+    "LOSSES",
+    "DPOLoss",
+    "LinearDPOLoss",
+    "LinearPairLoss",
+    "PairLoss",
+    "Plan",
+    "TokenStats",
+    "choose_plan",
+    "dpo_loss",
+    "dpo_loss_from_logits",
+    "linear_dpo_loss",
+    "linear_token_logps",
+    "pair_loss",
+    "token_logps",
+]

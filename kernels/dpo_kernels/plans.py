@@ -1,0 +1,143 @@
+"""How the LM head's work is laid out: which of the three exact plans, tile sizes, and how many tiles are kept.
+
+Shapes: N rows, V vocabulary, H hidden. A GEMM is 2 N V H operations.
+- frozen, 2 GEMMs: the head needs no gradient, so d lp_t / d h_t is computed in the forward and only scaled later;
+- retain, 3 GEMMs: logits tiles kept from the forward become gradients in the backward;
+- recompute, 4 GEMMs: logits tiles are computed again. Retain and recompute mix freely, tile by tile;
+- score, 1 GEMM: nothing needs a gradient.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+PLANS = ("auto", "frozen", "retain", "recompute")
+WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+"""Default workspace budget of a device type."""
+
+TILE_ROWS = 512
+TILE_ELEMENTS = 1 << 20
+"""Of one tile: 4 MB of fp32, which the cores' L2 and a share of L3 hold, and long enough for the GEMM's full rate."""
+
+RATES = {
+    ("cpu", torch.float32): (8e10, 2e10),
+    ("cpu", torch.float64): (4e10, 2e10),
+    ("cpu", torch.bfloat16): (2e11, 2e10),
+    ("cpu", torch.float16): (1e11, 2e10),
+    ("cuda", torch.float32): (5e13, 2e12),
+    ("cuda", torch.float64): (3e13, 2e12),
+    ("cuda", torch.bfloat16): (5e14, 2e12),
+    ("cuda", torch.float16): (5e14, 2e12),
+}
+"""GEMM operations a second and memory bytes a second, in round figures: only their ratio matters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One layout of the work."""
+
+    name: str
+    """frozen, retain, recompute or score."""
+    rows: int
+    vocabulary: int
+    row_chunk: int
+    vocab_tile: int
+    retained: int
+    """Tiles kept, in the order of `tile_index` (row chunk by row chunk)."""
+    workspace_bytes: int
+    """Kept between forward and backward: at most the budget."""
+    tile_bytes: int
+    """Working set of one tile: comes on top of the workspace."""
+    gemms: float
+    """GEMMs of the whole size, forward and backward, that the plan does."""
+    seconds: float
+    """The cost model's estimate."""
+
+    @property
+    def vocab_tiles(self) -> int:
+        return -(-self.vocabulary // self.vocab_tile)
+
+    @property
+    def row_chunks(self) -> int:
+        return -(-self.rows // self.row_chunk)
+
+    def columns(self) -> Iterator[tuple[int, int, int]]:
+        """(k, start, stop) of every vocabulary tile."""
+        for k, start in enumerate(range(0, self.vocabulary, self.vocab_tile)):
+            yield k, start, min(start + self.vocab_tile, self.vocabulary)
+
+    def chunks(self) -> Iterator[tuple[int, int, int]]:
+        """(c, start, stop) of every row chunk."""
+        for c, start in enumerate(range(0, self.rows, self.row_chunk)):
+            yield c, start, min(start + self.row_chunk, self.rows)
+
+    def tile_index(self, k: int, c: int) -> int:
+        return c * self.vocab_tiles + k
+
+
+def tile_shape(rows: int, vocabulary: int) -> tuple[int, int]:
+    """(row chunk, vocabulary tile), the same for every plan: a row's log-prob never depends on the plan."""
+    chunks = max(1, -(-rows // TILE_ROWS))
+    row_chunk = max(1, -(-rows // chunks))
+    tiles = max(1, round(vocabulary * row_chunk / TILE_ELEMENTS))
+    return row_chunk, max(1, -(-vocabulary // tiles))
+
+
+def choose_plan(
+    rows: int,
+    vocabulary: int,
+    hidden: int,
+    dtype: torch.dtype,
+    weight_requires_grad: bool,
+    workspace_bytes: int | None = None,
+    *,
+    plan: str = "auto",
+    hidden_requires_grad: bool = True,
+    device: str = "cpu",
+) -> Plan:
+    """The plan for N rows, V, H with GEMMs in `dtype`; "auto" takes the cheapest by the cost model.
+
+    `workspace_bytes` bounds what is kept between forward and backward (retained tiles, or the frozen plan's [N, H]). A
+    forced "retain" keeps as many tiles as fit; a forced "frozen" is refused where the head (weight or bias) needs a
+    gradient, or [N, H] does not fit. ValueError names the argument.
+    """
+    if plan not in PLANS:
+        raise ValueError(f"plan: expected one of {', '.join(PLANS)}, found {plan!r}")
+    if workspace_bytes is None:
+        workspace_bytes = WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cuda"])
+    if workspace_bytes < 0:
+        raise ValueError(f"workspace_bytes: expected 0 or more, found {workspace_bytes}")
+    rate, bandwidth = RATES.get((device, dtype), RATES[("cuda", torch.bfloat16)])
+    row_chunk, vocab_tile = tile_shape(rows, vocabulary)
+    tile = row_chunk * vocab_tile
+    wide = 8 if dtype == torch.float64 else 4
+    gemm = 2.0 * rows * vocabulary * hidden / rate
+    # logits in the GEMM's dtype, widened, rounded; a weight tile in the GEMM's dtype; a dW tile; [n, H] of a dH product
+    tile_bytes = tile * (wide + (2 * dtype.itemsize if dtype.itemsize < 4 else 0)) + vocab_tile * hidden * (wide + 4)
+    tile_bytes += row_chunk * hidden * wide
+
+    def layout(name: str, retained: int, kept: int, gemms: float, moved: float) -> Plan:
+        seconds = gemms * gemm + moved / bandwidth
+        return Plan(name, rows, vocabulary, row_chunk, vocab_tile, retained, kept, tile_bytes, gemms, seconds)
+
+    if not (weight_requires_grad or hidden_requires_grad):
+        return layout("score", 0, 0, 1.0, 0.0)
+    backward = float(weight_requires_grad) + float(hidden_requires_grad)
+    tiles = max(1, -(-rows // row_chunk) * -(-vocabulary // vocab_tile))
+    each = tile * dtype.itemsize + row_chunk * wide
+    fit = min(tiles, workspace_bytes // max(1, each))
+    candidates = {
+        "retain": layout("retain", fit, fit * each, 1 + backward + (1 - fit / tiles), 2.0 * fit * each),
+        "recompute": layout("recompute", 0, 0, 2 + backward, 0.0),
+    }
+    frozen_bytes = rows * hidden * wide
+    if not weight_requires_grad and frozen_bytes <= workspace_bytes:
+        candidates["frozen"] = layout("frozen", 0, frozen_bytes, 2.0, 3.0 * frozen_bytes)
+    if plan == "frozen" and "frozen" not in candidates:
+        if weight_requires_grad:
+            raise ValueError("plan: 'frozen' needs a head without gradient, found weight or bias that requires grad")
+        raise ValueError(f"workspace_bytes: plan 'frozen' needs {frozen_bytes}, found {workspace_bytes}")
+    if plan != "auto":
+        return candidates[plan]
+    return min(candidates.values(), key=lambda candidate: candidate.seconds)
