@@ -1,0 +1,76 @@
+"""The command `dpo`: flags to a configuration, a configuration to the function that does the work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from dpo import __version__
+from dpo.config import DemoConfig, ScoreConfig, TrainConfig, yaml_to_args
+from dpo.errors import UserError
+
+Command = (
+    Annotated[TrainConfig, tyro.conf.subcommand("train")]
+    | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
+    | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
+)
+_CONFIGS = {"train": TrainConfig, "score": ScoreConfig}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `dpo` and exits: 0 on success, 2 for what the user can mend, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words == ["--version"]:
+        print(f"fused-dpo {__version__}")
+        return
+    try:
+        config: Any = tyro.cli(
+            Command,  # pyright: ignore[reportArgumentType]
+            prog="dpo",
+            description="Direct Preference Optimization with one packed, prefix-shared forward pass.",
+            args=_with_config_file(words),
+        )
+        run(config)
+    except UserError as error:
+        print(f"dpo: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("dpo: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run(config: Any) -> None:
+    """Does what a configuration asks for."""
+    # torch and transformers take seconds to import: not for --help
+    if isinstance(config, TrainConfig):
+        from dpo.train import train
+
+        train(config)
+    elif isinstance(config, ScoreConfig):
+        from dpo.score import score
+
+        score(config)
+    else:
+        from dpo.demo.run import demo
+
+        demo(config)
+
+
+def _with_config_file(words: list[str]) -> list[str]:
+    """Puts the settings of `--config FILE` before the flags, which therefore win."""
+    if not words or words[0] not in _CONFIGS:
+        return words
+    for k, word in enumerate(words):
+        path = word.removeprefix("--config=") if word.startswith("--config=") else None
+        if word == "--config" and k + 1 < len(words):
+            path = words[k + 1]
+        if path:
+            return [words[0], *yaml_to_args(path, _CONFIGS[words[0]]), *words[1:]]
+    return words
+
+
+if __name__ == "__main__":
+    main()

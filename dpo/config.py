@@ -1,0 +1,224 @@
+"""Every setting of a run, with its default and its help text: the flags of `dpo` are these fields, `--config` reads them from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dpo.errors import UserError
+
+Layout = Literal["shared", "packed", "padded"]
+
+
+def _require(condition: bool, flag: str, expected: str, found: object) -> None:
+    if not condition:
+        raise UserError(f"{flag}: expected {expected}, found {found}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """What training and scoring have in common: a model, preference data, and how they run."""
+
+    model: str
+    """The policy: a Hugging Face model id or a folder."""
+    data: str
+    """Preference data: a .jsonl, .json, .csv or .parquet file, a dataset folder, or a dataset id."""
+    config: str | None = None
+    """A YAML file of these settings, one `name: value` a line. Flags win over it."""
+    data_split: str = "train"
+    """The split of --data to use, where it has splits."""
+    max_prompt_length: int | None = 1024
+    """Longer prompts lose tokens on the left. None: no limit."""
+    max_completion_length: int | None = 1024
+    """Longer completions lose tokens on the right, their end-of-sequence with them. None: no limit."""
+    max_bad_fraction: float = 0.05
+    """Stop when more than this fraction of the rows cannot be used; the rest is dropped and reported."""
+    beta: float = 0.1
+    """Strength of the pull to the reference: a reward is beta times the log ratio of policy to reference."""
+    token_budget: int = 8192
+    """Tokens a forward pass may hold. It decides memory and speed, never the result."""
+    share_prefix: bool = True
+    """Compute a prompt once for all of its completions. Off: packed without sharing."""
+    padded: bool = False
+    """One completion a row, padded, with the model's stock attention: for models that cannot be packed, and as a baseline."""
+    check_sharing: bool = True
+    """Before anything else, compare the packed forward with plain forwards of the same weights on part of the first bin."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward and backward: fp32, or bf16 autocast. Parameters and optimizer stay in fp32."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N. auto takes CUDA where it is found."""
+    head_plan: Literal["auto", "frozen", "retain", "recompute"] = "auto"
+    """How the LM head trades memory for matrix products: see kernels/README.md."""
+    head_workspace_mb: int | None = None
+    """Memory for logits that the LM head may keep, in MiB. None: chosen by the kernels from the problem's size."""
+    kernel_backend: Literal["auto", "torch", "triton"] = "auto"
+    """Implementation of the loss kernels. auto: the best for the device."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_length", "max_completion_length", "head_workspace_mb"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, _flag(name), "a positive number or None", value)
+        _require(self.token_budget > 0, "--token-budget", "a positive number of tokens", self.token_budget)
+        _require(self.beta > 0, "--beta", "a positive number", self.beta)
+        _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction", "a fraction from 0 to 1", self.max_bad_fraction)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the packed forward that --padded and --share-prefix ask for."""
+        if self.padded:
+            return "padded"
+        return "shared" if self.share_prefix else "packed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(InputConfig):
+    """Train a language model on preferences with Direct Preference Optimization."""
+
+    output: str = "runs/dpo"
+    """Folder of the run: config.yaml, metrics.jsonl, eval.jsonl, curves.png, model/, checkpoints/."""
+    eval_data: str | None = None
+    """Held-out preference data, in any form that --data takes."""
+    eval_split: str = "test"
+    """The split of --eval-data to use, where it has splits."""
+    eval_fraction: float = 0.0
+    """Without --eval-data: hold out this fraction of --data; equal prompts stay on one side."""
+    loss: Literal["sigmoid"] = "sigmoid"
+    """The objective. sigmoid is the paper's."""
+    label_smoothing: float = 0.0
+    """Probability that a preference is labelled the wrong way round (conservative DPO)."""
+    reduction: Literal["pairs", "prompts"] = "pairs"
+    """What a step averages over: every pair alike, or every prompt alike whatever its number of pairs."""
+    pairs_per_step: int = 64
+    """Pairs in an optimizer step. A prompt's pairs stay together."""
+    groups_per_step: int | None = None
+    """Prompts in an optimizer step, instead of --pairs-per-step."""
+    epochs: int | None = None
+    """Passes over the data. None: one, or as many as --max-steps needs."""
+    max_steps: int | None = None
+    """Stop after this many steps, or after --epochs if that comes first."""
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    """The paper uses RMSprop."""
+    lr: float = 1e-6
+    """Learning rate after warm-up; constant from there."""
+    warmup_steps: int = 150
+    """Steps over which the learning rate rises linearly from zero."""
+    weight_decay: float = 0.0
+    """Decoupled for AdamW, added to the gradient for RMSprop."""
+    grad_clip: float = 10.0
+    """Clip the gradient to this global norm. 0: do not clip."""
+    reference: Literal["cached", "online"] = "cached"
+    """Log-probs of the reference: computed once before training and kept, or with a second model at every step."""
+    reference_model: str | None = None
+    """The reference. None: the policy as it is before training."""
+    two_phase: bool = False
+    """Compute the log-probs of the whole step before any gradient. Groups larger than --token-budget always take this way."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more arithmetic."""
+    dropout: bool = False
+    """Keep the checkpoint's dropout. Off: zero, so that policy and reference agree exactly."""
+    eval_every: int = 0
+    """Evaluate every so many steps. 0: only before the first and after the last."""
+    save_every: int = 0
+    """Write a checkpoint every so many steps. 0: only the final model."""
+    log_every: int = 10
+    """Print a line every so many steps where there is no terminal for a progress bar. metrics.jsonl gets every step."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep."""
+    max_skipped: int = 5
+    """Stop after this many updates in a row whose loss or gradient was not finite (each is skipped and reported)."""
+    resume: bool = False
+    """Go on from the newest checkpoint under --output."""
+    overwrite: bool = False
+    """Replace the run that --output holds."""
+    data_workers: int | None = None
+    """Processes that draw and pack batches. None: 0 on CPU, 2 on CUDA."""
+    seed: int = 0
+    """Seed of the order of the data, and of the held-out split."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive = ("pairs_per_step", "groups_per_step", "epochs", "max_steps", "lr", "log_every")
+        for name in (*positive, "keep_checkpoints", "max_skipped"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, _flag(name), "a positive number", value)
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every", "data_workers"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, _flag(name), "zero or more", value)
+        _require(0 <= self.label_smoothing < 0.5, "--label-smoothing", "0 <= value < 0.5", self.label_smoothing)
+        _require(0 <= self.eval_fraction < 1, "--eval-fraction", "0 <= value < 1", self.eval_fraction)
+        _require(
+            not (self.eval_data and self.eval_fraction), "--eval-fraction", "no --eval-data beside it", self.eval_data
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(InputConfig):
+    """Score preference pairs: implicit rewards, margins and accuracy of a policy against its reference."""
+
+    reference: str
+    """The model that rewards are measured from: an id or a folder."""
+    output: str | None = None
+    """A .jsonl file to write, a row a pair in input order. None: only the table."""
+    overwrite: bool = False
+    """Write over --output where it exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Train a tiny language model from scratch on real preferences, in under a minute on two cores."""
+
+    output: str = "runs/demo"
+    """Folder of the demo's run. A run that is there already is replaced if it is a demo's."""
+    epochs: int = 1
+    """Passes of preference training over the data."""
+    seed: int = 0
+    """Seed of the split, the model and the order of the data."""
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def yaml_to_args(path: str, config: type) -> list[str]:
+    """Settings of a YAML file as command-line words, so that one parser checks files and flags alike.
+
+    Raises:
+        UserError: the file cannot be read, is not a mapping, or names a setting that `config` does not have.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: expected a readable YAML file, found {_one_line(error)}") from error
+    settings = {} if settings is None else settings
+    if not isinstance(settings, Mapping):
+        raise UserError(f"--config {path}: expected `name: value` lines, found a {type(settings).__name__}")
+    known = {field.name for field in dataclasses.fields(config)} - {"config"}
+    words: list[str] = []
+    for name, value in settings.items():
+        name = str(name).replace("-", "_")
+        if name not in known:
+            raise UserError(f"--config {path}: unknown setting {name!r}; known are {', '.join(sorted(known))}")
+        if isinstance(value, bool):
+            words.append(_flag(name) if value else _flag("no_" + name))
+        elif isinstance(value, Sequence | Mapping) and not isinstance(value, str):
+            raise UserError(f"--config {path}: {name}: expected one value, found a {type(value).__name__}")
+        else:
+            words += [_flag(name), str(value)]
+    return words
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved settings as YAML that `--config` reads back."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "config"}
+    return yaml.safe_dump(settings, sort_keys=False)

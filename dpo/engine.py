@@ -1,0 +1,90 @@
+"""Forward and backward of a step, and the same numbers without gradients for evaluation.
+
+T pairs, C completions, N completion rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo.loss import CoupledLoss, Objective, RefLogps, bin_loss, coupled_backward, coupled_loss
+from dpo.metrics import PairSums, completion_sums
+from dpo.steps import Bin, StepBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step's forward and backward, still on the device."""
+
+    sums: PairSums
+    logps: list[tuple[Bin, Tensor]]
+    """Per-token log-probs of every bin: what to look at when something is not finite."""
+
+
+def forward_backward(model: Any, step: StepBatch, ref_logps: RefLogps, objective: Objective) -> StepResult:
+    """Forward and backward of all bins of a step; gradients accumulate in the parameters. Waits for nothing."""
+    result = StepResult(PairSums(step.all_bins[0].batch.input_ids.device), [])
+    for b in step.bins:
+        out = bin_loss(model, b.batch, ref_logps(b), objective)
+        out.loss.backward()
+        _record(result, b, out.token_logps, out)
+    if step.coupled is not None:
+        out = coupled_loss(model, step.coupled, ref_logps, objective)
+        coupled_backward(model, step.coupled, out.completion_grads, objective)
+        _record_coupled(result, step, out)
+    return result
+
+
+@torch.no_grad()
+def forward_only(model: Any, step: StepBatch, ref_logps: RefLogps, objective: Objective) -> StepResult:
+    """The same numbers without gradients."""
+    result = StepResult(PairSums(step.all_bins[0].batch.input_ids.device), [])
+    for b in step.bins:
+        out = bin_loss(model, b.batch, ref_logps(b), objective)
+        _record(result, b, out.token_logps, out, step.share)
+    if step.coupled is not None:
+        _record_coupled(result, step, coupled_loss(model, step.coupled, ref_logps, objective))
+    return result
+
+
+def _record(result: StepResult, b: Bin, logps: Tensor, out: Any, share: float = 1.0) -> None:
+    result.sums.add(
+        loss=out.loss, chosen_rewards=out.chosen_rewards, rejected_rewards=out.rejected_rewards, share=share
+    )
+    sums = completion_sums(logps, b.batch)
+    result.sums.add_logps(sums, b.batch.completion_lengths, b.batch.chosen, b.batch.rejected)
+    result.logps.append((b, logps.detach()))
+
+
+def _record_coupled(result: StepResult, step: StepBatch, out: CoupledLoss) -> None:
+    coupled = step.coupled
+    assert coupled is not None
+    result.sums.add(
+        loss=out.loss, chosen_rewards=out.chosen_rewards, rejected_rewards=out.rejected_rewards, share=step.share
+    )
+    device = coupled.chosen.device
+    sums = torch.zeros(coupled.num_completions, dtype=torch.float64, device=device)
+    lengths = torch.zeros(coupled.num_completions, dtype=torch.int64, device=device)
+    for b, logps in zip(coupled.bins, out.token_logps, strict=True):
+        sums[b.completions] = completion_sums(logps, b.batch)
+        lengths[b.completions] = b.batch.completion_lengths.to(device)
+        result.logps.append((b, logps))
+    result.sums.add_logps(sums, lengths, coupled.chosen, coupled.rejected)
+
+
+def evaluate(
+    model: Any, steps: Iterable[StepBatch], ref_logps: RefLogps, objective: Objective, device: torch.device
+) -> dict[str, float]:
+    """Loss, accuracy, margin, rewards and log-probs per token over held-out steps: means over all of their pairs."""
+    training = model.training
+    model.eval()
+    total = PairSums(device)
+    for step in steps:
+        total.sums += forward_only(model, step.to(device), ref_logps, objective).sums.sums
+    model.train(training)
+    return total.read()

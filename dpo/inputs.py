@@ -1,0 +1,134 @@
+"""From settings to a model, a tokenizer and data on a device: what training and scoring share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from dpo.checks import check_sharing
+from dpo.config import InputConfig, TrainConfig
+from dpo.console import notice, say
+from dpo.data import PreferenceData, load_preferences, split_off
+from dpo.errors import UserError
+from dpo.load import eos_token_ids, load_model, load_tokenizer
+from dpo.loss import Objective
+from dpo.model import prepare
+from dpo.steps import Preferences, StepPlan
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model ready for packed batches, its tokenizer, and where it runs."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that --device names."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, found {name}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: expected a CUDA device, found none")
+    return device
+
+
+def load_network(config: InputConfig, path: str, *, flag: str = "--model", dropout: bool = False) -> Any:
+    """A causal LM in fp32 on the device, made ready for the layout."""
+    device = resolve_device(config.device)
+    transformers_logging.disable_progress_bar()
+    model = load_model(path, name=flag, trust_remote_code=config.trust_remote_code, keep_dropout=dropout).to(device)
+    prepare(model, config.layout)
+    return model
+
+
+def load_policy(config: InputConfig, path: str | None = None, *, dropout: bool = False) -> Policy:
+    """The model at `path` (default: --model) with its tokenizer."""
+    path = path or config.model
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+    return Policy(load_network(config, path, dropout=dropout), tokenizer, resolve_device(config.device))
+
+
+def load_data(config: InputConfig, policy: Policy, source: str, split: str, flag: str = "--data") -> PreferenceData:
+    """Preference data within the limits; prints what was recognised and what was left out."""
+    data = load_preferences(
+        source,
+        policy.tokenizer,
+        split=split,
+        max_prompt_length=config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        eos_token_ids=eos_token_ids(policy.model, policy.tokenizer),
+        max_bad_fraction=config.max_bad_fraction,
+        name=flag,
+    )
+    for line in data.report.lines():
+        say(line)
+    return data
+
+
+def load_train_and_eval(config: TrainConfig, policy: Policy) -> tuple[PreferenceData, PreferenceData | None]:
+    """Training data, and held-out data from --eval-data or --eval-fraction."""
+    data = load_data(config, policy, config.data, config.data_split)
+    if config.eval_data:
+        return data, load_data(config, policy, config.eval_data, config.eval_split, "--eval-data")
+    if config.eval_fraction:
+        return split_off(data, fraction=config.eval_fraction, seed=config.seed)
+    return data, None
+
+
+def objective_of(config: InputConfig) -> Objective:
+    """The objective that the flags ask for (scoring has no loss but its arithmetic)."""
+    objective = Objective(
+        beta=config.beta,
+        autocast=torch.bfloat16 if config.dtype == "bf16" else None,
+        head_plan=config.head_plan,
+        workspace_bytes=None if config.head_workspace_mb is None else config.head_workspace_mb << 20,
+        backend=None if config.kernel_backend == "auto" else config.kernel_backend,
+    )
+    if isinstance(config, TrainConfig):
+        return replace(objective, loss=config.loss, label_smoothing=config.label_smoothing)
+    return objective
+
+
+def plan_of(config: InputConfig) -> StepPlan:
+    """How steps are drawn and packed."""
+    if not isinstance(config, TrainConfig):
+        return StepPlan(token_budget=config.token_budget, layout=config.layout)
+    return StepPlan(
+        pairs_per_step=config.pairs_per_step,
+        groups_per_step=config.groups_per_step,
+        reduction=config.reduction,
+        token_budget=config.token_budget,
+        layout=config.layout,
+        two_phase=config.two_phase,
+        seed=config.seed,
+    )
+
+
+def check_first_bin(config: InputConfig, model: Any, data: Preferences, groups: Sequence[int]) -> None:
+    """Compares the packed forward with plain forwards of the same weights; raises UserError where they differ."""
+    if not config.check_sharing or config.padded:
+        return
+    with objective_of(config).precision(resolve_device(config.device)):
+        result = check_sharing(model, [data[i] for i in groups], config.layout)
+    say(
+        f"check: packed and plain forwards agree within {result.max_abs_error:.1e} a token"
+        f" (tolerance {result.tolerance:.1e})"
+    )
+
+
+def warn_about_schedule(config: TrainConfig, steps: int) -> None:
+    """Says so where the defaults cannot work."""
+    if steps <= config.warmup_steps:
+        notice(
+            f"--warmup-steps {config.warmup_steps}: the run has {steps} steps, so the learning rate never reaches {config.lr:g}"
+        )

@@ -1,0 +1,70 @@
+"""Log-probs of the frozen reference, per token: cached before training, or from a second model at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo.loss import Objective, token_logps
+from dpo.steps import Bin, StepBatch
+
+
+class OnlineReference:
+    """Runs the reference on each bin as it comes: memory for a second model, no pass beforehand."""
+
+    def __init__(self, model: Any, objective: Objective) -> None:
+        self.model, self.objective = model, objective
+
+    def __call__(self, b: Bin) -> Tensor:
+        """Per-token log-probs [N] of the bin, fp32."""
+        with torch.no_grad():
+            return token_logps(self.model, b.batch, self.objective)
+
+
+class CachedReference:
+    """Per-token log-probs of every completion, kept on the host in fp32 and looked up by group and completion.
+
+    Filled bin by bin with the code and the shapes that training uses: where the policy still equals the reference, the
+    first epoch's margins are exactly zero.
+    """
+
+    def __init__(self) -> None:
+        self._logps: dict[tuple[int, int], Tensor] = {}
+
+    def fill(
+        self,
+        model: Any,
+        steps: Iterable[StepBatch],
+        objective: Objective,
+        device: torch.device,
+        advance: Callable[[StepBatch], None] = lambda step: None,
+    ) -> None:
+        """Computes what the steps need and is not there yet.
+
+        Args:
+            advance: called after each step, for progress.
+        """
+        online = OnlineReference(model, objective)
+        for step in steps:
+            for b in step.all_bins:
+                keys = [(group, c) for group, completions in b.members for c in completions]
+                if all(key in self._logps for key in keys):
+                    continue
+                logps = online(b.to(device)).cpu()
+                self._logps.update(zip(keys, logps.split(b.batch.completion_lengths.tolist()), strict=True))
+            advance(step)
+
+    def total(self, group: int, completion: int, *, minus: CachedReference | None = None) -> float:
+        """Sum over one completion's tokens, in float64; of the difference to another model's log-probs where given."""
+        logps = self._logps[group, completion].double()
+        if minus is not None:
+            logps = logps - minus._logps[group, completion].double()
+        return logps.sum().item()
+
+    def __call__(self, b: Bin) -> Tensor:
+        """Per-token log-probs [N] of the bin, on the bin's device."""
+        held = [self._logps[group, c] for group, completions in b.members for c in completions]
+        return torch.cat(held).to(b.batch.input_ids.device, non_blocking=True)

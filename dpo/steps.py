@@ -1,0 +1,261 @@
+"""The first three stages of a step: draw its groups, fix its normalisation, pack it into bins.
+
+What is in a step depends on the seed and on how many pairs each group has, never on lengths, budget or layout.
+C completions, T pairs of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dpo.packing import Group, Layout, PackedBatch, group_cost, pack, plan_groups, split_group
+
+Reduction = Literal["pairs", "prompts"]
+
+
+class Preferences(Protocol):
+    """What a step needs of the data; `dpo.data.PreferenceData` and a list of groups with `num_pairs` both do."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Group: ...
+    def num_pairs(self, index: int, /) -> int: ...
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One forward pass: a packed batch, and where its completions stand in the data and in its step."""
+
+    batch: PackedBatch
+    members: tuple[tuple[int, tuple[int, ...]], ...]
+    """(index of the group in the data, which of its completions), in the order of the batch."""
+    completions: Tensor
+    """[completions of the batch] int64: their numbers among the completions of `Coupled`; empty where nothing is coupled."""
+
+    def to(self, device: torch.device) -> Bin:
+        """The same bin on `device`."""
+        batch = self.batch.to(device, non_blocking=True)
+        return Bin(batch, self.members, self.completions.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """Comparisons whose completions lie in different bins: they need the two-phase form."""
+
+    bins: tuple[Bin, ...]
+    chosen: Tensor
+    """[T] int64, numbers of completions."""
+    rejected: Tensor
+    """[T] int64."""
+    pair_weights: Tensor
+    """[T] float64."""
+    num_completions: int
+
+    def to(self, device: torch.device) -> Coupled:
+        """The same comparisons and bins on `device`."""
+        moved = (t.to(device, non_blocking=True) for t in (self.chosen, self.rejected, self.pair_weights))
+        return Coupled(tuple(b.to(device) for b in self.bins), *moved, num_completions=self.num_completions)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Everything a step computes: bins that stand alone, and those coupled by their comparisons."""
+
+    index: int
+    epoch: int
+    bins: tuple[Bin, ...]
+    coupled: Coupled | None
+    num_pairs: int
+    num_tokens: int
+    num_groups: int
+    fill: float
+    """Tokens over bins * budget."""
+    share: float = 1.0
+    """Weight of this step's loss in the whole that it is a part of (evaluation runs in chunks)."""
+
+    def to(self, device: torch.device) -> StepBatch:
+        """The same step on `device`."""
+        coupled = self.coupled.to(device) if self.coupled else None
+        return replace(self, bins=tuple(b.to(device) for b in self.bins), coupled=coupled)
+
+    @property
+    def all_bins(self) -> tuple[Bin, ...]:
+        return self.bins + (self.coupled.bins if self.coupled else ())
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How groups become steps and steps become bins."""
+
+    pairs_per_step: int = 64
+    groups_per_step: int | None = None
+    reduction: Reduction = "pairs"
+    token_budget: int = 8192
+    layout: Layout = "shared"
+    two_phase: bool = False
+    seed: int = 0
+
+
+def draw_epoch(pairs: Sequence[int], plan: StepPlan, epoch: int) -> list[list[int]]:
+    """Draws the steps of one epoch: a seeded permutation of the groups, cut into steps.
+
+    A step takes groups until the next would bring it over `pairs_per_step` (at least one), or exactly `groups_per_step`.
+
+    Args:
+        pairs: number of pairs of each group.
+    """
+    order = np.random.default_rng([plan.seed, epoch]).permutation(len(pairs)).tolist()
+    if plan.groups_per_step is not None:
+        return [order[i : i + plan.groups_per_step] for i in range(0, len(order), plan.groups_per_step)]
+    steps: list[list[int]] = []
+    held = plan.pairs_per_step
+    for group in order:
+        if held + pairs[group] > plan.pairs_per_step:
+            steps.append([])
+            held = 0
+        steps[-1].append(group)
+        held += pairs[group]
+    return steps
+
+
+def pair_weights(pairs: Sequence[int], reduction: Reduction) -> list[float]:
+    """Weight of one pair of each group: the step's loss is the weighted sum over its pairs, whatever bins they fall in."""
+    if reduction == "pairs":
+        return [1.0 / sum(pairs)] * len(pairs)
+    return [1.0 / (len(pairs) * count) for count in pairs]
+
+
+def build_step(
+    data: Preferences, groups: Sequence[int], plan: StepPlan, *, index: int = 0, epoch: int = 0
+) -> StepBatch:
+    """Normalises and packs one step.
+
+    Groups that fit the budget are packed whole. A larger one is cut into parts that repeat its prompt, and its pairs go
+    through the two-phase form, as all pairs do where the plan asks for it.
+
+    Raises:
+        UserError: one prompt with one completion exceeds the budget.
+    """
+    held = [data[i] for i in groups]
+    weights = pair_weights([len(group.pairs) for group in held], plan.reduction)
+    fits = [group_cost(group, plan.layout) <= plan.token_budget for group in held]
+    whole = [k for k, fit in enumerate(fits) if fit and not plan.two_phase]
+    apart = [k for k in range(len(held)) if k not in set(whole)]
+    parts = [(k, tuple(range(len(held[k].completions))), held[k]) for k in whole]
+    bins = _pack_parts(parts, groups, plan)
+    bins = [replace(b, batch=replace(b.batch, pair_weights=_weights_of(b, groups, held, weights))) for b in bins]
+    coupled = _couple([(k, held[k]) for k in apart], groups, weights, plan) if apart else None
+    everything = (*bins, *(coupled.bins if coupled else ()))
+    tokens = sum(b.batch.num_tokens for b in everything)
+    return StepBatch(
+        index=index,
+        epoch=epoch,
+        bins=tuple(bins),
+        coupled=coupled,
+        num_pairs=sum(len(group.pairs) for group in held),
+        num_tokens=tokens,
+        num_groups=len(held),
+        fill=tokens / (len(everything) * plan.token_budget) if everything else 0.0,
+    )
+
+
+def _pack_parts(
+    parts: Sequence[tuple[int, tuple[int, ...], Group]], groups: Sequence[int], plan: StepPlan
+) -> list[Bin]:
+    """Packs (position in the step, completions, group of just these completions) into bins under the budget."""
+    bins = []
+    for members in plan_groups([part for _, _, part in parts], plan.token_budget, plan.layout).bins:
+        chosen = [parts[m] for m in members]
+        bins.append(
+            Bin(
+                batch=pack([part for _, _, part in chosen], layout=plan.layout),
+                members=tuple((groups[k], completions) for k, completions, _ in chosen),
+                completions=torch.empty(0, dtype=torch.int64),
+            )
+        )
+    return bins
+
+
+def _weights_of(b: Bin, groups: Sequence[int], held: Sequence[Group], weights: Sequence[float]) -> Tensor:
+    position = {group: k for k, group in enumerate(groups)}
+    flat = [weights[position[i]] for i, _ in b.members for _ in held[position[i]].pairs]
+    return torch.tensor(flat, dtype=torch.float64)
+
+
+def _couple(
+    apart: Sequence[tuple[int, Group]], groups: Sequence[int], weights: Sequence[float], plan: StepPlan
+) -> Coupled:
+    """Cuts groups into parts within the budget and numbers their completions across bins."""
+    first: dict[int, int] = {}
+    parts: list[tuple[int, tuple[int, ...], Group]] = []
+    chosen: list[int] = []
+    rejected: list[int] = []
+    flat: list[float] = []
+    total = 0
+    for k, group in apart:
+        first[groups[k]] = total
+        chosen += [total + w for w, _ in group.pairs]
+        rejected += [total + loser for _, loser in group.pairs]
+        flat += [weights[k]] * len(group.pairs)
+        total += len(group.completions)
+        parts += [(k, part.completions, part.group) for part in split_group(group, plan.token_budget, plan.layout)]
+    bins = [
+        replace(b, completions=torch.tensor([first[i] + c for i, held in b.members for c in held], dtype=torch.int64))
+        for b in _pack_parts(parts, groups, plan)
+    ]
+    return Coupled(
+        bins=tuple(bins),
+        chosen=torch.tensor(chosen, dtype=torch.int64),
+        rejected=torch.tensor(rejected, dtype=torch.int64),
+        pair_weights=torch.tensor(flat, dtype=torch.float64),
+        num_completions=total,
+    )
+
+
+class StepDataset(Dataset[StepBatch]):
+    """The steps of a run, each built when it is asked for: works in data workers, and from any step on."""
+
+    def __init__(
+        self, data: Preferences, plan: StepPlan, *, epochs: int | None = None, max_steps: int | None = None
+    ) -> None:
+        self.data, self.plan = data, plan
+        pairs = [data.num_pairs(i) for i in range(len(data))]
+        epochs = epochs or (1 if max_steps is None else None)
+        self.steps: list[tuple[int, list[int]]] = []
+        for epoch in count() if epochs is None else range(epochs):
+            if max_steps is not None and len(self.steps) >= max_steps:
+                break
+            self.steps += [(epoch, step) for step in draw_epoch(pairs, plan, epoch)]
+        self.steps = self.steps[:max_steps]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def first_uses(self, start: int = 0) -> list[int]:
+        """The steps from `start` on that use a group for the first time: what a pass over all their groups has to visit."""
+        seen: set[int] = set()
+        uses = []
+        for index in range(start, len(self.steps)):
+            if not seen.issuperset(self.steps[index][1]):
+                seen.update(self.steps[index][1])
+                uses.append(index)
+        return uses
+
+    def __getitem__(self, index: int) -> StepBatch:
+        epoch, groups = self.steps[index]
+        return build_step(self.data, groups, self.plan, index=index, epoch=epoch)
+
+
+def eval_steps(data: Preferences, plan: StepPlan, groups_per_chunk: int = 512) -> list[StepBatch]:
+    """All of `data` in file order, in chunks that bound memory; a mean over pairs is a sum over chunks, so they do not show."""
+    chunks = [range(i, min(i + groups_per_chunk, len(data))) for i in range(0, len(data), groups_per_chunk)]
+    steps = [build_step(data, chunk, plan, index=i) for i, chunk in enumerate(chunks)]
+    weights = [step.num_pairs if plan.reduction == "pairs" else step.num_groups for step in steps]
+    return [replace(step, share=weight / sum(weights)) for step, weight in zip(steps, weights, strict=True)]
