@@ -96,12 +96,21 @@ def _records(batch: Sequence[NumberedRow], form: Format, report: DataReport) -> 
         report.rows += 1
         try:
             record = form.convert(number, row)
+            _check_unicode(record)
             report.pairs_dropped.update(prune(record, [text if text.strip() else "" for text in record.completions]))
         except BadRow as bad:
             report.drop(number, bad)
         else:
             report.ties += record.ties
             yield record
+
+
+def _check_unicode(record: Record) -> None:
+    try:
+        for text in (record.prompt, *record.completions):
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("text that is not valid Unicode", f"found {error.object[error.start]!r}") from None
 
 
 def _tokenised(records: Iterator[Record], codec: Codec, report: DataReport) -> Iterator[tuple[Record, Ids, list[Ids]]]:
@@ -167,7 +176,7 @@ class PreferenceData(Sequence[Group]):
 
     def __init__(self, table: datasets.Dataset, report: DataReport, indices: np.ndarray | None = None):
         self.report = report
-        self._table = table.with_format("arrow")
+        self._table = table
         self._indices = np.arange(len(table)) if indices is None else np.asarray(indices, dtype=np.int64)
         columns = table.data
         self._prompt_lengths = _list_lengths(columns.column("prompt"))
@@ -247,8 +256,8 @@ def split_off(
 ) -> tuple[PreferenceData, PreferenceData]:
     """(rest, held out): hold out `count` groups, or a `fraction` of them, drawn with `seed`; both keep the input order.
 
-    Groups with the same prompt tokens stay on one side (unless told otherwise), so the held-out side may be smaller than
-    asked for, by less than the largest such set. Raises UserError when that leaves nothing on one side.
+    Groups with the same prompt tokens stay on one side (unless told otherwise), so the held-out side may be smaller
+    than asked for, by less than the largest such set. Raises UserError when that leaves nothing on one side.
     """
     if (fraction is None) == (count is None):
         raise ValueError(f"split_off: expected fraction or count, one of them; found {fraction=}, {count=}")
@@ -271,8 +280,8 @@ def split_off(
             f"{len(sets)} different prompt{'s' if len(sets) > 1 else ''}, the rarest in {min(map(len, sets))} groups"
         )
         raise UserError(
-            f"{source}: expected different prompts, to hold out {wanted} of {len(data)} groups with equal prompts on one "
-            f"side; found {found}; give held-out data of its own (--eval-data)"
+            f"{source}: expected different prompts, to hold out {wanted} of {len(data)} groups with equal prompts on "
+            f"one side; found {found}; give held-out data of its own (--eval-data)"
         )
     mask = np.zeros(len(data), dtype=bool)
     mask[held] = True

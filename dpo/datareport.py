@@ -88,7 +88,8 @@ class DataReport:
         saying."""
         lines = [
             f"{self.source}: {self.format}; {self.rows} rows, {self.groups} prompts, {self.pairs} pairs, "
-            f"{self.completions} completions; longest prompt {self.longest_prompt}, completion {self.longest_completion} tokens"
+            f"{self.completions} completions; longest prompt {self.longest_prompt}, completion "
+            f"{self.longest_completion} tokens"
         ]
         if self.dropped:
             lines.append(f"dropped {self.bad_rows} of {self.rows} rows: {self._reasons()}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dpo.chat import BadRow, Chat, Message, is_messages
@@ -53,37 +54,29 @@ def recognise(rows: Sequence[Row], *, label: str, chat: Chat) -> Format:
     that fits."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     has = set(columns).issuperset
+    prompt = ("prompt",) if has({"prompt"}) else ()
     ranking = "scores" if has({"scores"}) else "ranks"
     if has({"completions", ranking}):
-        used = ("prompt", "completions") if has({"prompt"}) else ("completions",)
-        kind = _conversational(rows, used)
+        used = (*prompt, "completions")
         name = f"K completions with {ranking} ({', '.join((*used, ranking))})"
-        return _format(
-            name, kind, lambda row, fields: _scored(row, fields, ranking, chat if kind else None), label, chat
-        )
-    if has({"history", "human_ref_A", "human_ref_B", "labels"}):
+        if _conversational(rows, used):
+            chat.require_template(label)
+            convert = partial(_scored, ranking=ranking, chat=chat, has_prompt=bool(prompt))
+            return Format(f"conversational, {name}", convert, conversational=True)
+        if prompt:
+            return Format(name, partial(_scored, ranking=ranking))
+    elif has({"history", "human_ref_A", "human_ref_B", "labels"}):
         return Format("SHP (history, human_ref_A, human_ref_B, labels)", _shp)
-    if has({"chosen", "rejected"}) and has({"prompt"}):
-        kind = _conversational(rows, ("prompt", "chosen", "rejected"))
-        name = "explicit prompt (prompt, chosen, rejected)"
-        return _format(
-            name, kind, (lambda row, fields: _messages(row, fields, chat)) if kind else _explicit, label, chat
-        )
-    if has({"chosen", "rejected"}):
-        if _conversational(rows, ("chosen", "rejected")):
-            name = "implicit prompt (chosen, rejected)"
-            return _format(name, True, lambda row, fields: _messages(row, fields, chat), label, chat)
-        if _looks_like_hh(rows):
-            return Format("Anthropic HH transcripts (chosen, rejected)", _hh)
-        return Format("implicit prompt (chosen, rejected: full texts)", _implicit)
+    elif has({"chosen", "rejected"}):
+        used = (*prompt, "chosen", "rejected")
+        name = f"{'explicit' if prompt else 'implicit'} prompt ({', '.join(used)})"
+        if _conversational(rows, used):
+            chat.require_template(label)
+            return Format(f"conversational, {name}", partial(_messages, chat=chat, has_prompt=bool(prompt)), True)
+        if prompt:
+            return Format(name, _explicit)
+        return Format("Anthropic HH transcripts (chosen, rejected)", _hh) if _is_hh(rows) else Format(name, _implicit)
     raise UserError(f"{label}: expected the columns {ACCEPTED}; found {', '.join(map(str, columns)) or 'no columns'}")
-
-
-def _format(name: str, conversational: bool, convert: Callable[[int, Row], Record], label: str, chat: Chat) -> Format:
-    if conversational:
-        chat.require_template(label)
-        name = f"conversational, {name}"
-    return Format(name, convert, conversational)
 
 
 def _conversational(rows: Sequence[Row], fields: Sequence[str]) -> bool:
@@ -96,7 +89,7 @@ def _conversational(rows: Sequence[Row], fields: Sequence[str]) -> bool:
     return any(holds(row.get(field)) for row in rows for field in fields)
 
 
-def _looks_like_hh(rows: Sequence[Row]) -> bool:
+def _is_hh(rows: Sequence[Row]) -> bool:
     texts = [row["chosen"] for row in rows if isinstance(row.get("chosen"), str)]
     matching = sum(HH_ASSISTANT in text and text.lstrip().startswith(HH_HUMAN.strip()) for text in texts)
     return 2 * matching > len(texts)
@@ -132,7 +125,7 @@ def _shp(row: int, fields: Row) -> Record:
     """Dialogue form of the DPO authors' code: "\\n\\nHuman: {history}\\n\\nAssistant:", completions with a space in
     front. labels 1: A is preferred."""
     history, a, b = (_text(fields, field) for field in ("history", "human_ref_A", "human_ref_B"))
-    label = fields["labels"]
+    label = _required(fields, "labels")
     if isinstance(label, bool) or str(label) not in ("0", "1"):
         raise BadRow("field 'labels' is neither 0 nor 1", f"found {label!r}")
     pair = (0, 1) if int(label) == 1 else (1, 0)
@@ -151,15 +144,14 @@ def common_prefix(a: str, b: str) -> str:
 # --- Messages ---------------------------------------------------------------------------------------------------------
 
 
-def _messages(row: int, fields: Row, chat: Chat) -> Record:
+def _messages(row: int, fields: Row, *, chat: Chat, has_prompt: bool) -> Record:
     completions = [chat.messages(_required(fields, name), name) for name in ("chosen", "rejected")]
-    return _rendered(row, fields, completions, [(0, 1)], chat)
+    return _rendered(row, _required(fields, "prompt") if has_prompt else [], completions, [(0, 1)], chat)
 
 
 def _rendered(
-    row: int, fields: Row, completions: list[list[Message]], pairs: list[tuple[int, int]], chat: Chat
+    row: int, prompt: Any, completions: list[list[Message]], pairs: list[tuple[int, int]], chat: Chat
 ) -> Record:
-    prompt = _required(fields, "prompt") if "prompt" in fields else []
     if isinstance(prompt, str):
         # UltraFeedback's prompt repeats what the conversations already begin with.
         whole = all(turns and turns[0]["role"] != "assistant" for turns in completions)
@@ -172,9 +164,8 @@ def _rendered(
 # --- K completions ----------------------------------------------------------------------------------------------------
 
 
-def _scored(row: int, fields: Row, ranking: str, chat: Chat | None) -> Record:
-    """All pairs of completions whose scores differ (higher is better; for ranks, lower is), in the order (0, 1), (0,
-    2), .., (1, 2), ..
+def _scored(row: int, fields: Row, *, ranking: str, chat: Chat | None = None, has_prompt: bool = True) -> Record:
+    """All pairs of completions whose scores differ (higher is better; for ranks, lower is), ordered by their indices.
 
     A completion that is empty, and a pair of equal texts, leaves the others of its row alone."""
     completions, values = _required(fields, "completions"), _numbers(fields, ranking)
@@ -190,11 +181,11 @@ def _scored(row: int, fields: Row, ranking: str, chat: Chat | None) -> Record:
     if not pairs:
         raise BadRow(f"all {ranking} tie")
     if chat is None:
-        prompt = _text(fields, "prompt") if "prompt" in fields else ""
         if any(not isinstance(text, str) for text in completions):
             raise BadRow("field 'completions' holds something that is not text")
-        return Record(row, prompt, list(completions), pairs, ties=ties)
-    record = _rendered(row, fields, [chat.messages(item, "completions") for item in completions], pairs, chat)
+        return Record(row, _text(fields, "prompt"), list(completions), pairs, ties=ties)
+    prompt = _required(fields, "prompt") if has_prompt else []
+    record = _rendered(row, prompt, [chat.messages(item, "completions") for item in completions], pairs, chat)
     record.ties = ties
     return record
 
@@ -253,8 +244,7 @@ def _numbers(fields: Row, field: str) -> list[float]:
     values = _required(fields, field)
     if not isinstance(values, list):
         raise BadRow(f"field '{field}' is not a list")
-    if any(
-        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) for value in values
-    ):
-        raise BadRow(f"field '{field}' holds something that is not a finite number")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
+            raise BadRow(f"field '{field}' holds something that is not a finite number", f"found {value!r}")
     return values

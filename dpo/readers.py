@@ -98,11 +98,10 @@ def _from_file(path: Path, suffix: str, split: str | None, name: str, quiet: boo
 
 
 @contextmanager
-def _opened(path: Path, label: str) -> Iterator[io.TextIOBase]:
+def _opened(path: Path, label: str, newline: str = "\n") -> Iterator[io.TextIOBase]:
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     try:
-        # newline="": only \n ends a line of JSON, and the csv module wants its own way with newlines.
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
             yield file  # pyright: ignore[reportReturnType]
     except UnicodeDecodeError as error:
         raise UserError(
@@ -160,7 +159,7 @@ def _json_document(path: Path, label: str) -> Iterator[NumberedRow]:
 def _csv_rows(path: Path, label: str) -> Iterator[NumberedRow]:
     """Every field is text, as written; fields that hold a JSON list (completions, scores, messages) are read as one."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with _opened(path, label) as file:
+    with _opened(path, label, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for number, row in enumerate(reader, 1):

@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from datasets.table import InMemoryTable
 
 MEMORY_BYTES = 256 * 2**20
 """Tables up to this size stay in memory."""
@@ -28,6 +29,7 @@ class Spool:
         self._batches: list[pa.RecordBatch] = []
         self._bytes = 0
         self._folder: str | None = None
+        self._removal: weakref.finalize | None = None
         self._writer: pa.RecordBatchStreamWriter | None = None
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
@@ -44,19 +46,22 @@ class Spool:
 
     def _to_disk(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="fused-dpo-")
+        self._removal = weakref.finalize(self, _remove, self._folder, os.getpid())
         self._writer = pa.ipc.new_stream(str(Path(self._folder) / "groups.arrow"), self._schema)
         for batch in self._batches:
             self._writer.write_batch(batch)
         self._batches.clear()
 
     def finish(self) -> datasets.Dataset:
-        """The rows as a dataset."""
+        """The rows as a dataset in Arrow format. The file lives as long as this very object."""
         if self._writer is None or self._folder is None:
             return datasets.Dataset(
-                datasets.table.InMemoryTable(pa.Table.from_batches(self._batches, schema=self._schema))
-            )
+                InMemoryTable(pa.Table.from_batches(self._batches, schema=self._schema))
+            ).with_format("arrow")
         self._writer.close()
-        dataset = datasets.Dataset.from_file(str(Path(self._folder) / "groups.arrow"))
+        dataset = datasets.Dataset.from_file(str(Path(self._folder) / "groups.arrow")).with_format("arrow")
+        assert self._removal is not None
+        self._removal.detach()
         weakref.finalize(dataset, _remove, self._folder, os.getpid())
         return dataset
 

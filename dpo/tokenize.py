@@ -49,6 +49,7 @@ class Codec:
         own = tokenizer.eos_token_id
         self.eos_token_id = int(own if own in self.eos_token_ids else eos_token_ids[0])
         self.bos_token_id: int | None = tokenizer.bos_token_id
+        self._blank: dict[tuple[int, ...], bool] = {(): True}
         self.start = self._start_tokens()
         self._plain = _plain_backend(tokenizer)
         self._anchor = None if self._plain else self._find_anchor()
@@ -108,16 +109,17 @@ class Codec:
         end = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None)
         if end is None:
             return ([*ids, self.eos_token_id] if ids else []), False
-        rest = [token for token in ids[end + 1 :] if token not in self.eos_token_ids]
-        lost = bool(rest) and bool(self._tokenizer.decode(rest).strip())
-        return (ids[: end + 1] if end else []), lost
+        rest = tuple(token for token in ids[end + 1 :] if token not in self.eos_token_ids)
+        if rest not in self._blank:
+            self._blank[rest] = not self._tokenizer.decode(list(rest)).strip()
+        return (ids[: end + 1] if end else []), not self._blank[rest]
 
     # --- Text that still holds prompt and completion
 
     def cut_points(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
-        """Where to cut the prompt off two texts that begin alike: the last place within their common prefix that no
-        token of either text spans and that is not inside a word (any token boundary where there is no such place),
-        leaving something of both."""
+        """Where to cut the prompt off two texts that begin alike: the last token boundary of both within their common
+        prefix that does not split a word or take the space off one (else the last token boundary), leaving something
+        of both. A slow tokenizer's token boundaries are not known: there, any such place between words."""
         limits = [min(len(common_prefix(a, b)), len(a) - 1, len(b) - 1) for a, b in pairs]
         if self._plain is None:
             return [_last_cut(a, b, range(limit + 1), limit) for (a, b), limit in zip(pairs, limits, strict=True)]
@@ -157,13 +159,14 @@ class Codec:
 def _last_cut(a: str, b: str, places: Sequence[int], limit: int) -> int:
     usable = [place for place in places if 0 <= place <= limit]
     for place in reversed(usable):
-        if not _inside_word(a, place) and not _inside_word(b, place):
+        if not _splits_word(a, place) and not _splits_word(b, place):
             return place
     return usable[-1] if usable else 0
 
 
-def _inside_word(text: str, place: int) -> bool:
-    return 0 < place < len(text) and text[place - 1].isalnum() and text[place].isalnum()
+def _splits_word(text: str, place: int) -> bool:
+    """Whether a cut at `place` would part a word, or a word and the space in front of it."""
+    return 0 < place < len(text) and (text[place - 1] == " " or (text[place - 1].isalnum() and text[place].isalnum()))
 
 
 def _boundaries(offsets: Sequence[tuple[int, int]], limit: int) -> np.ndarray:
