@@ -125,7 +125,7 @@ class _FlashSegments(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, out, *lse = ctx.saved_tensors
         segments: Segments = ctx.segments
         out, grad_out = out.transpose(1, 2), grad_out.transpose(1, 2)

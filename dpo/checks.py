@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo.errors import UserError
-from dpo.model import prepare, shared_logps, stock_attention
+from dpo.model import head_logps, prepare, shared_logps, stock_attention
 from dpo.packing import Group, Layout, group_cost, pack
 
 _FLOOR = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -45,12 +45,13 @@ def check_sharing(
     subset = _subset(groups, max_tokens)
     with torch.no_grad():
         prepare(model, "padded")
-        plain = _plain_logps(model, subset)
+        plain, plain_by_head = _plain_logps(model, subset)
         padded = shared_logps(model, pack(subset, layout="padded").to(model.device)).token_logps.double()
         prepare(model, layout)
         batch = pack(subset, layout=layout)
         packed = shared_logps(model, batch.to(model.device)).token_logps.double()
-    noise = float((padded - plain).abs().max())
+    # both through the fused head, so that a head that computes other logits than the model's is no noise
+    noise = float((padded - plain_by_head).abs().max())
     precision = _precision(model)
     tolerance = max(_FLOOR.get(precision, _HALF_FLOOR), _NOISE_FACTOR * noise)
     error = (packed - plain).abs()
@@ -87,9 +88,13 @@ def _subset(groups: Sequence[Group], max_tokens: int) -> list[Group]:
     return [replace(group, pairs=()) for group in chosen]
 
 
-def _plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
-    """Log-probs [N] float64 from one ordinary call of the model a completion, its own logits included."""
-    out = []
+def _plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """Log-probs [N] float64 from one ordinary call of the model a completion: by the model's own logits, and by the
+    fused head from the hidden rows of the same calls."""
+    own, by_head, hidden = [], [], []
+    head = model.get_output_embeddings()
+    assert head is not None
+    hook = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
     with stock_attention(model):
         for group in groups:
             for completion in group.completions:
@@ -99,8 +104,11 @@ def _plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> Tensor:
                 rows = logits[-len(completion) - 1 : -1]
                 rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
                 target = ids[0, -len(completion) :, None]
-                out.append(rows.log_softmax(-1).gather(-1, target)[:, 0].double())
-    return torch.cat(out)
+                own.append(rows.log_softmax(-1).gather(-1, target)[:, 0].double())
+                last = hidden.pop()[0, -len(completion) - 1 : -1]
+                by_head.append(head_logps(model, last, target[:, 0]).double())
+    hook.remove()
+    return torch.cat(own), torch.cat(by_head)
 
 
 def _precision(model: PreTrainedModel) -> torch.dtype:

@@ -72,11 +72,14 @@ def eos_token_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerB
     none."""
     found: list[int] = []
     if tokenizer is not None and tokenizer.eos_token_id is not None:
-        found.append(int(tokenizer.eos_token_id))
+        found += _as_ids(tokenizer.eos_token_id)
     for config in () if model is None else (getattr(model, "generation_config", None), model.config):
-        ids = getattr(config, "eos_token_id", None)
-        found += [ids] if isinstance(ids, int) else list(ids or ())
+        found += _as_ids(getattr(config, "eos_token_id", None))
     return list(dict.fromkeys(found))
+
+
+def _as_ids(ids: Any) -> list[int]:
+    return [ids] if isinstance(ids, int) else list(ids or ())
 
 
 def _source(path: str, name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dpo_kernels import linear_token_logps
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,23 +20,12 @@ from dpo.load import eos_token_ids, load_model, load_tokenizer
 from dpo.packing import Layout, PackedBatch
 from dpo.support import refuse_lengths, refuse_unsupported
 
-try:
-    from dpo_kernels import linear_token_logps
-except ImportError:
-
-    def linear_token_logps(hidden, weight, targets, *, bias=None, logit_scale=1.0, softcap=None, **_):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logits = nn.functional.linear(hidden, weight, bias).to(dtype) * logit_scale
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-
-
 __all__ = [
     "Head",
     "LogPs",
     "decoder_of",
     "eos_token_ids",
+    "head_logps",
     "head_of",
     "load_model",
     "load_tokenizer",
@@ -87,7 +77,7 @@ def prepare(model: PreTrainedModel, layout: Layout) -> None:
 @contextmanager
 def stock_attention(model: PreTrainedModel) -> Iterator[None]:
     """Run the model with its own attention inside the block: for plain forwards and for `generate`."""
-    before = model.config._attn_implementation
+    before = str(model.config._attn_implementation)
     model.set_attn_implementation(_stock_name(model))
     try:
         yield
@@ -98,8 +88,8 @@ def stock_attention(model: PreTrainedModel) -> Iterator[None]:
 def _stock_name(model: PreTrainedModel) -> str:
     current = model.config._attn_implementation
     if current != ATTENTION:
-        model._dpo_stock_attention = current  # pyright: ignore[reportAttributeAccessIssue]
-    return getattr(model, "_dpo_stock_attention", None) or ("sdpa" if model._supports_sdpa else "eager")
+        vars(model)["_dpo_stock_attention"] = current
+    return str(vars(model).get("_dpo_stock_attention") or ("sdpa" if model._supports_sdpa else "eager"))
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -149,6 +139,25 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(linear.weight, getattr(linear, "bias", None), float(scale), softcap, linear.weight.requires_grad)
 
 
+def head_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, **head_options: Any) -> Tensor:
+    """Log-probs [N] of targets [N] from hidden rows [N, H] through the model's head, differentiable.
+
+    fp32, float64 for float64 hidden rows. head_options: of `dpo_kernels.linear_token_logps` (temperature, plan, ...).
+    """
+    head = head_of(model)
+    logps = linear_token_logps(
+        hidden,
+        head.weight,
+        targets,
+        bias=head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        **head_options,
+    )
+    assert isinstance(logps, Tensor)  # and no statistics, which nobody asked for
+    return logps
+
+
 def shared_logps(model: PreTrainedModel, batch: PackedBatch, **head_options: Any) -> LogPs:
     """Log-probs of every completion of a packed batch from one forward pass, differentiable.
 
@@ -158,16 +167,7 @@ def shared_logps(model: PreTrainedModel, batch: PackedBatch, **head_options: Any
     """
     if (batch.segments is not None) != (model.config._attn_implementation == ATTENTION):
         prepare(model, batch.layout)
-    head = head_of(model)
-    token_logps = linear_token_logps(
-        trunk(model, batch),
-        head.weight,
-        batch.targets,
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        **head_options,
-    )
+    token_logps = head_logps(model, trunk(model, batch), batch.targets, **head_options)
     # fp32 sums of hundreds of log-probs lose the digits that a log ratio needs
     sums = token_logps.new_zeros(batch.num_completions, dtype=torch.float64)
     return LogPs(token_logps, sums.index_add(0, batch.completion_ids, token_logps.double()))

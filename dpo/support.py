@@ -51,8 +51,8 @@ def refuse_lengths(model: PreTrainedModel, batch: PackedBatch) -> None:
         # dynamic scaling also remembers the longest batch so far
         if long > limit and (kind == "dynamic" or short <= limit):
             raise UserError(
-                f"{type(model).__name__} has rotary scaling {kind!r}, which changes at {limit} tokens, and one batch holds "
-                f"sequences of {short} and {long}: keep prompt and completion within {limit} tokens with "
+                f"{type(model).__name__} has rotary scaling {kind!r}, which changes at {limit} tokens, and one batch "
+                f"holds sequences of {short} and {long}: keep prompt and completion within {limit} tokens with "
                 "--max-prompt-length and --max-completion-length"
             )
 

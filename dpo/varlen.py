@@ -89,7 +89,7 @@ class _GatherKeys(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         segments: Segments = ctx.segments
         out = grad.index_select(0, segments.own_key)
         if not segments.shares:
