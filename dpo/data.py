@@ -84,11 +84,11 @@ def load_preferences(
     if chat.has_template and not form.conversational:
         report.notes.append("plain text: used as it is, without the tokenizer's chat template")
     codec = Codec(tokenizer, eos_token_ids)
-    spool = Spool(_SCHEMA)
-    for batch in chain([first], batches):
-        spool.add(_groups(_tokenised(_records(batch, form, report), codec, report), codec, report))
-    report.check(max_bad_fraction)
-    return PreferenceData(spool.finish(), report)
+    with Spool(_SCHEMA) as spool:
+        for batch in chain([first], batches):
+            spool.add(_groups(_tokenised(_records(batch, form, report), codec, report), codec, report))
+        report.check(max_bad_fraction)
+        return PreferenceData(spool.finish(), report)
 
 
 def _records(batch: Sequence[NumberedRow], form: Format, report: DataReport) -> Iterator[Record]:

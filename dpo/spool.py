@@ -20,8 +20,8 @@ MEMORY_BYTES = 256 * 2**20
 
 
 class Spool:
-    """Collects rows of one schema, batch by batch. The file, where there is one, lies in the folder for temporary files
-    (TMPDIR) and goes with the last user of the dataset, or when the process that made it ends."""
+    """Collects rows of one schema, batch by batch, in a `with` block. The file, where there is one, lies in the folder
+    for temporary files (TMPDIR) and goes with the last user of the dataset, or when the process that made it ends."""
 
     def __init__(self, schema: pa.Schema, memory_bytes: int | None = None):
         self._schema = schema
@@ -31,6 +31,13 @@ class Spool:
         self._folder: str | None = None
         self._removal: weakref.finalize | None = None
         self._writer: pa.RecordBatchStreamWriter | None = None
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._removal is not None:
+            self._removal()  # nothing to do once `finish` has handed the file over
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         batch = pa.RecordBatch.from_pylist(list(rows), schema=self._schema)
