@@ -17,10 +17,10 @@ from dpo.errors import UserError
 
 # What may differ between a run and its continuation: how long, how often, how much memory; never what is computed.
 _FREE = {
-    "config", "resume", "overwrite", "output", "epochs", "max_steps", "eval_data", "eval_split", "eval_every", "save_every",
-    "keep_checkpoints", "log_every", "token_budget", "share_prefix", "padded", "check_sharing", "device", "head_plan",
-    "head_workspace_mb", "kernel_backend", "gradient_checkpointing", "reference", "two_phase", "data_workers", "max_skipped",
-    "trust_remote_code", "max_bad_fraction",
+    "config", "resume", "overwrite", "output", "epochs", "max_steps", "eval_data", "eval_split", "eval_every",
+    "save_every", "keep_checkpoints", "log_every", "token_budget", "share_prefix", "padded", "check_sharing", "device",
+    "head_plan", "head_workspace_mb", "kernel_backend", "gradient_checkpointing", "reference", "two_phase",
+    "data_workers", "max_skipped", "trust_remote_code", "max_bad_fraction",
 }  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, optimizer: Optimizer, keep: int) -> Path:
-    """Writes checkpoints/step-N: model, tokenizer, optimizer and generator state after N steps; keeps the newest `keep`."""
+    """Writes checkpoints/step-N: model, tokenizer, optimizer and generator state; keeps the newest `keep`."""
     folder = run / "checkpoints" / f"step-{step}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f"writing-{folder.name}")

@@ -1,4 +1,4 @@
-"""Every setting of a run, with its default and its help text: the flags of `dpo` are these fields, `--config` reads them from YAML."""
+"""Every setting of a run: the flags of `dpo` are these fields, `--config` reads them from YAML."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class InputConfig:
     """Preference data: a .jsonl, .json, .csv or .parquet file, a dataset folder, or a dataset id."""
     config: str | None = None
     """A YAML file of these settings, one `name: value` a line. Flags win over it."""
-    data_split: str = "train"
-    """The split of --data to use, where it has splits."""
+    data_split: str | None = None
+    """The split of --data, such as train or train[:90%]. None: train, or the only one."""
     max_prompt_length: int | None = 1024
     """Longer prompts lose tokens on the left. None: no limit."""
     max_completion_length: int | None = 1024
@@ -45,9 +45,9 @@ class InputConfig:
     share_prefix: bool = True
     """Compute a prompt once for all of its completions. Off: packed without sharing."""
     padded: bool = False
-    """One completion a row, padded, with the model's stock attention: for models that cannot be packed, and as a baseline."""
+    """One completion a row, padded, with stock attention: for models that cannot be packed, and as a baseline."""
     check_sharing: bool = True
-    """Before anything else, compare the packed forward with plain forwards of the same weights on part of the first bin."""
+    """First compare the packed forward with plain forwards of the same weights, on part of the first step."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward and backward: fp32, or bf16 autocast. Parameters and optimizer stay in fp32."""
     device: str = "auto"
@@ -85,8 +85,8 @@ class TrainConfig(InputConfig):
     """Folder of the run: config.yaml, metrics.jsonl, eval.jsonl, curves.png, model/, checkpoints/."""
     eval_data: str | None = None
     """Held-out preference data, in any form that --data takes."""
-    eval_split: str = "test"
-    """The split of --eval-data to use, where it has splits."""
+    eval_split: str | None = None
+    """The split of --eval-data, such as test. None: train, or the only one."""
     eval_fraction: float = 0.0
     """Without --eval-data: hold out this fraction of --data; equal prompts stay on one side."""
     loss: Literal["sigmoid"] = "sigmoid"
@@ -118,7 +118,7 @@ class TrainConfig(InputConfig):
     reference_model: str | None = None
     """The reference. None: the policy as it is before training."""
     two_phase: bool = False
-    """Compute the log-probs of the whole step before any gradient. Groups larger than --token-budget always take this way."""
+    """Compute log-probs of the whole step before any gradient. Groups over --token-budget always go this way."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more arithmetic."""
     dropout: bool = False
@@ -153,6 +153,8 @@ class TrainConfig(InputConfig):
             _require(value is None or value >= 0, _flag(name), "zero or more", value)
         _require(0 <= self.label_smoothing < 0.5, "--label-smoothing", "0 <= value < 0.5", self.label_smoothing)
         _require(0 <= self.eval_fraction < 1, "--eval-fraction", "0 <= value < 1", self.eval_fraction)
+        same = self.eval_data == self.data and self.eval_split == self.data_split
+        _require(not same, "--eval-data", "other data or another --eval-split than --data", f"{self.eval_data} again")
         _require(
             not (self.eval_data and self.eval_fraction), "--eval-fraction", "no --eval-data beside it", self.eval_data
         )
@@ -176,10 +178,10 @@ class DemoConfig:
 
     output: str = "runs/demo"
     """Folder of the demo's run. A run that is there already is replaced if it is a demo's."""
-    epochs: int = 1
+    epochs: int = 2
     """Passes of preference training over the data."""
     seed: int = 0
-    """Seed of the split, the model and the order of the data."""
+    """Seed of the model, the order of the data and the samples."""
 
 
 def _flag(name: str) -> str:

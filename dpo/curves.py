@@ -21,7 +21,7 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 
 def draw_curves(run: Path) -> Path | None:
-    """Draws loss, accuracy, rewards and gradient norm of a run folder into `curves.png`; None where there are no steps yet."""
+    """Draws loss, accuracy, rewards and gradient norm of a run folder into `curves.png`; None without steps."""
     steps = [r for r in read_json_lines(run / "metrics.jsonl") if r["loss"] is not None]
     evals = read_json_lines(run / "eval.jsonl") if (run / "eval.jsonl").exists() else []
     if not steps:

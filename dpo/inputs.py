@@ -46,7 +46,8 @@ def load_network(config: InputConfig, path: str, *, flag: str = "--model", dropo
     """A causal LM in fp32 on the device, made ready for the layout."""
     device = resolve_device(config.device)
     transformers_logging.disable_progress_bar()
-    model = load_model(path, name=flag, trust_remote_code=config.trust_remote_code, keep_dropout=dropout).to(device)
+    model: Any = load_model(path, name=flag, trust_remote_code=config.trust_remote_code, keep_dropout=dropout)
+    model.to(device)
     prepare(model, config.layout)
     return model
 
@@ -58,7 +59,9 @@ def load_policy(config: InputConfig, path: str | None = None, *, dropout: bool =
     return Policy(load_network(config, path, dropout=dropout), tokenizer, resolve_device(config.device))
 
 
-def load_data(config: InputConfig, policy: Policy, source: str, split: str, flag: str = "--data") -> PreferenceData:
+def load_data(
+    config: InputConfig, policy: Policy, source: str, split: str | None, flag: str = "--data"
+) -> PreferenceData:
     """Preference data within the limits; prints what was recognised and what was left out."""
     data = load_preferences(
         source,
@@ -130,5 +133,6 @@ def warn_about_schedule(config: TrainConfig, steps: int) -> None:
     """Says so where the defaults cannot work."""
     if steps <= config.warmup_steps:
         notice(
-            f"--warmup-steps {config.warmup_steps}: the run has {steps} steps, so the learning rate never reaches {config.lr:g}"
+            f"--warmup-steps {config.warmup_steps}: the run has {steps} steps, "
+            f"so the learning rate never reaches {config.lr:g}"
         )

@@ -1,4 +1,4 @@
-"""The update: global-norm clipping and the non-finite check folded into one fused optimizer pass, without a host sync."""
+"""The update: clipping and the non-finite check folded into one fused optimizer pass, without a host sync."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.optim import AdamW, Optimizer
 class RMSprop(Optimizer):
     """torch.optim.RMSprop's update (no momentum, not centred) in one fused pass over gradient, state and parameter.
 
-    RMSprop is Adam with beta1 = 0 and no bias correction: the fused Adam kernel computes it when its first moment is the
-    gradient's own memory and its step count is infinite. From that kernel it inherits `grad_scale` (gradients are divided by
-    it) and `found_inf` (nothing is touched where it is 1), in the protocol of torch.amp.GradScaler.
+    RMSprop is Adam with beta1 = 0 and no bias correction: the fused Adam kernel computes it when its first moment is
+    the gradient's own memory and its step count is infinite. From that kernel it inherits `grad_scale` (gradients are
+    divided by it) and `found_inf` (nothing is touched where it is 1), in the protocol of torch.amp.GradScaler.
     """
 
     _step_supports_amp_scaling = True
@@ -47,16 +47,16 @@ class RMSprop(Optimizer):
         for p in params:
             by_kind.setdefault((p.device, p.dtype), []).append(p)
         for (device, _), held in by_kind.items():
-            grads = [p.grad for p in held]
+            grads = [p.grad for p in held if p.grad is not None]
             forever = torch.full((), torch.inf, device=device)
-            torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
+            torch._fused_adam_(
                 held,
                 grads,
                 grads,
                 [self.state[p]["square_avg"] for p in held],
                 [],
                 [forever] * len(held),
-                lr=group["lr"],
+                lr=float(group["lr"]),
                 beta1=0.0,
                 beta2=group["alpha"],
                 weight_decay=group["weight_decay"],
@@ -77,7 +77,7 @@ def build_optimizer(name: str, params: Iterable[Tensor], *, lr: float, weight_de
 
 
 def warmup_then_constant(step: int, lr: float, warmup_steps: int) -> float:
-    """Learning rate of step 0, 1, ...: rises linearly over `warmup_steps`, never zero, then stays (the paper's Appendix B)."""
+    """Learning rate of step 0, 1, ...: rises linearly over `warmup_steps`, then stays (the paper's Appendix B)."""
     return lr * min(1.0, (step + 1) / (warmup_steps + 1))
 
 

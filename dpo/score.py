@@ -22,8 +22,9 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     """Scores every pair of --data; prints a table and writes --output.
 
     Returns:
-        a record a pair, in input order: `row, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps` (sums over
-        the completion's tokens, its end-of-sequence included), `chosen_reward, rejected_reward, margin`, and lengths in tokens.
+        a record a pair, in input order: `row, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps`
+        (sums over the completion's tokens, its end-of-sequence included), `chosen_reward, rejected_reward, margin`, and
+        `chosen_tokens, rejected_tokens`.
     Raises:
         UserError: a model or the data cannot be used, or --output exists.
     """

@@ -37,7 +37,7 @@ class Bin:
     members: tuple[tuple[int, tuple[int, ...]], ...]
     """(index of the group in the data, which of its completions), in the order of the batch."""
     completions: Tensor
-    """[completions of the batch] int64: their numbers among the completions of `Coupled`; empty where nothing is coupled."""
+    """[completions of the batch] int64: their numbers in `Coupled`; empty where nothing is coupled."""
 
     def to(self, device: torch.device) -> Bin:
         """The same bin on `device`."""
@@ -106,7 +106,7 @@ class StepPlan:
 def draw_epoch(pairs: Sequence[int], plan: StepPlan, epoch: int) -> list[list[int]]:
     """Draws the steps of one epoch: a seeded permutation of the groups, cut into steps.
 
-    A step takes groups until the next would bring it over `pairs_per_step` (at least one), or exactly `groups_per_step`.
+    A step takes groups until the next would bring it over `pairs_per_step` (at least one), or `groups_per_step`.
 
     Args:
         pairs: number of pairs of each group.
@@ -126,7 +126,7 @@ def draw_epoch(pairs: Sequence[int], plan: StepPlan, epoch: int) -> list[list[in
 
 
 def pair_weights(pairs: Sequence[int], reduction: Reduction) -> list[float]:
-    """Weight of one pair of each group: the step's loss is the weighted sum over its pairs, whatever bins they fall in."""
+    """Weight of one pair of each group: a step's loss is the weighted sum over its pairs, in whatever bins."""
     if reduction == "pairs":
         return [1.0 / sum(pairs)] * len(pairs)
     return [1.0 / (len(pairs) * count) for count in pairs]
@@ -239,7 +239,7 @@ class StepDataset(Dataset[StepBatch]):
         return len(self.steps)
 
     def first_uses(self, start: int = 0) -> list[int]:
-        """The steps from `start` on that use a group for the first time: what a pass over all their groups has to visit."""
+        """The steps from `start` on that use a group for the first time: a pass over them sees every group."""
         seen: set[int] = set()
         uses = []
         for index in range(start, len(self.steps)):
@@ -254,7 +254,7 @@ class StepDataset(Dataset[StepBatch]):
 
 
 def eval_steps(data: Preferences, plan: StepPlan, groups_per_chunk: int = 512) -> list[StepBatch]:
-    """All of `data` in file order, in chunks that bound memory; a mean over pairs is a sum over chunks, so they do not show."""
+    """All of `data` in file order, in chunks that bound memory and that no mean over pairs depends on."""
     chunks = [range(i, min(i + groups_per_chunk, len(data))) for i in range(0, len(data), groups_per_chunk)]
     steps = [build_step(data, chunk, plan, index=i) for i, chunk in enumerate(chunks)]
     weights = [step.num_pairs if plan.reduction == "pairs" else step.num_groups for step in steps]

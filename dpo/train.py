@@ -129,7 +129,7 @@ def _references(
     evals: Sequence[StepBatch],
     start: int,
 ) -> tuple[RefLogps, RefLogps]:
-    """The reference for training and for evaluation: the policy itself while it is untrained, else a model of its own."""
+    """The reference for training and for evaluation: the policy while it is untrained, else a model of its own."""
     untrained = start == 0 and config.reference_model is None
     model = policy.model
     if config.reference == "online" or not untrained:
