@@ -76,7 +76,7 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) ->
 
 
 def check_index(name: str, value: Tensor, upper: int | None, *, lower: int = 0, allow: int | None = None) -> Tensor:
-    """`value` as int64. Entries are checked against [lower, upper) (or `allow`) on CPU; elsewhere that would synchronise."""
+    """`value` as int64. On CPU, entries are checked against [lower, upper) (or `allow`); elsewhere that would block."""
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name}: expected an integer tensor, found {found}")

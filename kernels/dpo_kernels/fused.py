@@ -64,9 +64,9 @@ class _SegmentPairLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, *grad_outputs):
         d_won, d_lost, completion_ids, chosen, rejected = ctx.saved_tensors
-        grad = delta_gradient((d_won, d_lost), chosen, rejected, grads[0], ctx.completions + 1, ctx.call)
+        grad = delta_gradient((d_won, d_lost), chosen, rejected, grad_outputs[0], ctx.completions + 1, ctx.call)
         rows = grad[completion_ids.where(completion_ids >= 0, ctx.completions)]
         return rows.to(ctx.dtype), *(None,) * 7
 
@@ -166,6 +166,7 @@ def linear_dpo_loss(
         workspace_bytes=workspace_bytes,
         backend=backend,
     )
+    check_shape("completion_ids", completion_ids, targets.shape, "as targets")
     ids = completion_ids.where(targets != ignore_index, -1)
     found = segment_pair_loss(logps, ref_logps, ids, chosen, rejected, num_completions, pair_weights, call)
     return LinearPairLoss(*found, logps.detach())

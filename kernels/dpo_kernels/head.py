@@ -5,8 +5,10 @@ tile of the weight is read (and cast) once a pass and each tile of its gradient 
 share it. Order: buffers, forward, backward, autograd, public function.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Unpack, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from .common import (
     check_shape,
     check_stats,
 )
+from .logps import LogitArguments
 from .plans import Plan, choose_plan
 from .tiles import RowState, TileTargets, cap_derivative, fold_tile, gradient_tile, shape_tile
 
@@ -53,34 +56,35 @@ class Buffers:
     device: torch.device
     held: dict[str, Tensor] = field(default_factory=dict)
 
-    def get(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """A contiguous [rows, columns] view of the buffer `name`; its contents are arbitrary."""
+    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous view of the buffer `name`; its contents are arbitrary."""
+        size = math.prod(shape)
         flat = self.held.get(name)
-        if flat is None or flat.numel() < rows * columns:
-            flat = self.held[name] = torch.empty(rows * columns, dtype=dtype, device=self.device)
-        return flat[: rows * columns].view(rows, columns)
+        if flat is None or flat.numel() < size:
+            flat = self.held[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return flat[:size].view(shape)
 
     def weight(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """Rows of the weight in the GEMM's dtype."""
         part = weight[start:stop]
         if part.dtype == self.call.compute:
             return part
-        return self.get("weight", *part.shape, self.call.compute).copy_(part)
+        return self.get("weight", part.shape, self.call.compute).copy_(part)
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """[n, v] raw logits of a tile."""
-        return torch.mm(hidden, weight.t(), out=self.get("logits", hidden.shape[0], weight.shape[0], hidden.dtype))
+        return torch.mm(hidden, weight.t(), out=self.get("logits", (hidden.shape[0], weight.shape[0]), hidden.dtype))
 
     def rounded(self, tile: Tensor) -> Tensor:
         """A gradient tile in the GEMM's dtype."""
         if tile.dtype == self.call.compute:
             return tile
-        return self.get("rounded", *tile.shape, self.call.compute).copy_(tile)
+        return self.get("rounded", tile.shape, self.call.compute).copy_(tile)
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         """out += a @ b (out = a @ b if `first`); a product of lower precision than `out` is rounded once before."""
         if out.dtype != a.dtype:
-            product = torch.mm(a, b, out=self.get("product", *out.shape, a.dtype))
+            product = torch.mm(a, b, out=self.get("product", out.shape, a.dtype))
             out.copy_(product) if first else out.add_(product)
         elif first:
             torch.mm(a, b, out=out)
@@ -107,7 +111,7 @@ def _shaped(z: Tensor, bias: Tensor | None, buffers: Buffers, keep: bool) -> Ten
     call = buffers.call
     x = z
     if z.dtype != call.wide or (keep and not call.in_place):
-        x = buffers.get("wide", *z.shape, call.wide).copy_(z)
+        x = buffers.get("wide", z.shape, call.wide).copy_(z)
     if bias is not None:
         x.add_(bias)
     return shape_tile(x, call.options)
@@ -193,7 +197,7 @@ def head_backward(
         if grad_weight is not None:
             grad_w = grad_weight[v0:v1]
             if grad_w.dtype != call.wide and not (single and grad_w.dtype == call.compute):
-                grad_w = buffers.get("grad_weight", *grad_w.shape, call.wide)
+                grad_w = buffers.get("grad_weight", grad_w.shape, call.wide)
         for c, n0, n1 in plan.chunks():
             h, m = hidden[n0:n1], kept.maximum[n0:n1]
             found = kept.tiles.pop(plan.tile_index(k, c), None)
@@ -235,10 +239,10 @@ class _LinearTokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, *grad_outputs):
         hidden, weight, bias, targets, logps = ctx.saved_tensors
         needs, call = ctx.needs_input_grad[:3], ctx.call
-        grad = grads[0].to(call.wide)
+        grad = grad_outputs[0].to(call.wide)
         with torch.autocast(hidden.device.type, enabled=False):
             compute = hidden.to(call.compute)
             found = head_backward(compute, weight, bias, targets, logps, grad, ctx.kept, needs, call)
@@ -270,6 +274,26 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
     check_shape("targets", targets, hidden.shape[:1], "one a row of hidden")
     check_same_device(hidden=hidden, weight=weight, bias=bias, targets=targets)
     return check_index("targets", targets, weight.shape[0], allow=ignore_index)
+
+
+class HeadArguments(LogitArguments, total=False):
+    """Keyword arguments of `linear_token_logps` beside `stats`, for its overloads."""
+
+    bias: Tensor | None
+    plan: str
+    workspace_bytes: int | None
+
+
+@overload
+def linear_token_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, stats: tuple[()] = (), **options: Unpack[HeadArguments]
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, stats: Sequence[str], **options: Unpack[HeadArguments]
+) -> TokenStats: ...
 
 
 def linear_token_logps(

@@ -6,6 +6,7 @@ Order: blocks, forward, backward, autograd, public function.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -120,9 +121,32 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
-        grad = logps_backward(*ctx.saved_tensors, grads[0].to(ctx.call.dtype), ctx.call)
-        return grad, None, None
+    def backward(ctx, *grad_outputs):
+        logits, targets, logps, maximum, inverse = ctx.saved_tensors
+        grad = grad_outputs[0].to(ctx.call.dtype)
+        return logps_backward(logits, targets, logps, maximum, inverse, grad, ctx.call), None, None
+
+
+class LogitArguments(TypedDict, total=False):
+    """Keyword arguments of `token_logps` beside `stats`, for its overloads."""
+
+    ignore_index: int
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    backend: str | None
+
+
+@overload
+def token_logps(
+    logits: Tensor, targets: Tensor, *, stats: tuple[()] = (), **options: Unpack[LogitArguments]
+) -> Tensor: ...
+
+
+@overload
+def token_logps(
+    logits: Tensor, targets: Tensor, *, stats: Sequence[str], **options: Unpack[LogitArguments]
+) -> TokenStats: ...
 
 
 def token_logps(
@@ -138,8 +162,8 @@ def token_logps(
 ) -> Tensor | TokenStats:
     """log softmax(x)[target] of every row, x = cap(logit_scale * logits) / temperature.
 
-    logits [..., V] of any floating dtype and strides; targets [...] integers in [0, V) or `ignore_index`. Row t
-    predicts targets[t]: shift beforehand. Returns [...] in fp32 (float64 for float64 logits), 0 where ignored; ignored rows are
+    logits [..., V] of any floating dtype and strides; targets [...] in [0, V) or `ignore_index`. Row t predicts
+    targets[t]: shift beforehand. Returns [...] in fp32 (float64 for float64 logits), 0 where ignored; ignored rows are
     not read and get a gradient of 0. With `stats` (names of "entropy", "max_is_target", "mean_logit", "log_sum_sq")
     returns `TokenStats`. dL/dlogits = g * (onehot - softmax), in the logits' dtype. ValueError names a bad argument.
     """

@@ -151,9 +151,9 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, *grad_outputs):
         d_won, d_lost, chosen, rejected = ctx.saved_tensors
-        grad = delta_gradient((d_won, d_lost), chosen, rejected, grads[0], ctx.size, ctx.call)
+        grad = delta_gradient((d_won, d_lost), chosen, rejected, grad_outputs[0], ctx.size, ctx.call)
         policy, ref = ctx.needs_input_grad[:2]
         found = grad.to(ctx.dtypes[0]) if policy else None, -grad.to(ctx.dtypes[1]) if ref else None
         return *found, None, None, None, None

@@ -68,8 +68,8 @@ class Plan:
             yield k, start, min(start + self.vocab_tile, self.vocabulary)
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """(c, start, stop) of every row chunk."""
-        for c, start in enumerate(range(0, self.rows, self.row_chunk)):
+        """(c, start, stop) of every row chunk; one empty chunk where there are no rows."""
+        for c, start in enumerate(range(0, max(self.rows, 1), self.row_chunk)):
             yield c, start, min(start + self.row_chunk, self.rows)
 
     def tile_index(self, k: int, c: int) -> int:

@@ -59,8 +59,15 @@ class RowState:
 
     def rows(self, start: int, stop: int) -> "RowState":
         """Views of rows [start, stop)."""
-        every = (self.maximum, self.total, self.target, self.weighted, self.squares, self.plain)
-        return RowState(*(None if part is None else part[start:stop] for part in every))
+        window = slice(start, stop)
+        return RowState(
+            self.maximum[window],
+            self.total[window],
+            self.target[window],
+            None if self.weighted is None else self.weighted[window],
+            None if self.squares is None else self.squares[window],
+            None if self.plain is None else self.plain[window],
+        )
 
     def parts(self) -> list[Tensor]:
         every = (self.maximum, self.total, self.target, self.weighted, self.squares, self.plain)
