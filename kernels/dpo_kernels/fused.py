@@ -64,7 +64,7 @@ class _SegmentPairLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs):
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         d_won, d_lost, completion_ids, chosen, rejected = ctx.saved_tensors
         grad = delta_gradient((d_won, d_lost), chosen, rejected, grad_outputs[0], ctx.completions + 1, ctx.call)
         rows = grad[completion_ids.where(completion_ids >= 0, ctx.completions)]

@@ -239,7 +239,7 @@ class _LinearTokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs):
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, targets, logps = ctx.saved_tensors
         needs, call = ctx.needs_input_grad[:3], ctx.call
         grad = grad_outputs[0].to(call.wide)

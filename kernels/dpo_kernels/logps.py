@@ -121,7 +121,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs):
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, targets, logps, maximum, inverse = ctx.saved_tensors
         grad = grad_outputs[0].to(ctx.call.dtype)
         return logps_backward(logits, targets, logps, maximum, inverse, grad, ctx.call), None, None

@@ -151,7 +151,7 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_outputs):
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         d_won, d_lost, chosen, rejected = ctx.saved_tensors
         grad = delta_gradient((d_won, d_lost), chosen, rejected, grad_outputs[0], ctx.size, ctx.call)
         policy, ref = ctx.needs_input_grad[:2]

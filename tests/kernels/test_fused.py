@@ -81,7 +81,6 @@ def test_policy_equal_to_reference_gives_exactly_zero_margins(dtype):
     hidden, weight, targets, ids, _, (chosen, rejected) = problem(dtype, rows=9000)
     with torch.no_grad():
         ref = linear_token_logps(hidden, weight, targets)
-    assert isinstance(ref, torch.Tensor)
     for plan in ("retain", "recompute", "frozen"):
         found = linear_dpo_loss(
             leaf(hidden), leaf(weight, grad=plan != "frozen"), targets, ids, ref, chosen, rejected, plan=plan

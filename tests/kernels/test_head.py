@@ -1,4 +1,6 @@
-"""linear_token_logps: every plan against float64 and against each other, shapes, dtypes, autocast, partial gradients."""
+"""linear_token_logps: every plan against float64 and each other, shapes, dtypes, autocast, partial gradients."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +23,7 @@ def small_tiles(monkeypatch):
 
 
 def logps(*arguments, **options) -> Tensor:
-    found = linear_token_logps(*arguments, **options)
-    assert isinstance(found, Tensor)
-    return found
+    return linear_token_logps(*arguments, **options)
 
 
 def problem(rows, vocabulary, width, dtype=torch.float32, scale=1.0, ignored=4):
@@ -35,7 +35,7 @@ def problem(rows, vocabulary, width, dtype=torch.float32, scale=1.0, ignored=4):
     return hidden, weight, (torch.randn(vocabulary) * scale).to(dtype), targets, torch.randn(rows, dtype=torch.float64)
 
 
-def run(compute, hidden, weight, bias, targets, grad, dtype=None, head_grad=True, **options):
+def run(compute, hidden, weight, bias, targets, grad, dtype=None, head_grad=True, **options) -> tuple[Any, ...]:
     """Log-probs and the three gradients (None where not required)."""
     h, w, b = leaf(hidden, dtype), leaf(weight, dtype, grad=head_grad), leaf(bias, dtype, grad=head_grad)
     found = compute(h, w, targets, bias=b, **options)
@@ -142,8 +142,9 @@ def test_same_bits_for_every_plan_and_without_gradient(dtype, options, small_til
         plain = logps(hidden, weight, targets, bias=bias, **options)
     for found in runs:
         assert torch.equal(found[0], plain)
-    # One order of accumulation: retained, recomputed and mixed tiles differ by rounding of the rescaling only.
-    close = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    # Kept exponentials are rescaled, which rounds; kept raw logits (bf16, soft cap) are what a second GEMM gives.
+    same = dtype == torch.bfloat16 or "softcap" in options
+    close: dict[str, Any] = {"rtol": 0, "atol": 0} if same else {"rtol": 1e-5, "atol": 2e-6}
     for found in (runs[2], runs[3]):
         for mine, theirs in zip(found[1:], runs[1][1:], strict=True):
             torch.testing.assert_close(mine, theirs, **close)
@@ -151,9 +152,10 @@ def test_same_bits_for_every_plan_and_without_gradient(dtype, options, small_til
     assert all(torch.equal(a, b) for a, b in zip(again, runs[1], strict=True))
 
 
-@pytest.mark.parametrize(
-    "needed", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
-)
+NEEDED = [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
+
+
+@pytest.mark.parametrize("needed", NEEDED)
 def test_partial_gradients(needed, small_tiles):
     hidden, weight, bias, targets, grad = problem(50, 333, 24)
     truth = run(reference.linear_token_logps, hidden, weight, bias, targets, grad, dtype=torch.float64)
@@ -237,6 +239,7 @@ def test_statistics(options, small_tiles):
     names = ("entropy", "max_is_target", "mean_logit", "log_sum_sq")
     found = linear_token_logps(hidden, weight, targets, bias=bias, stats=names, **options)
     assert isinstance(found, TokenStats)
+    assert found.max_is_target is not None
     wide = hidden.double() @ weight.double().T + bias.double()
     truth = reference.token_stats(wide, targets, **options)
     for name in ("entropy", "mean_logit", "log_sum_sq"):
@@ -289,6 +292,6 @@ def test_any_shape_tiling_and_mask(rows, vocabulary, width, plan, workspace, til
     ],
 )
 def test_errors(change, message):
-    given = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(5, 4), "targets": torch.tensor([0, 1])}
+    given: dict[str, Any] = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(5, 4), "targets": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=message):
         linear_token_logps(**(given | change))

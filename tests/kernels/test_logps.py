@@ -23,7 +23,6 @@ def check(logits, targets, grad=None, **options):
     eager = reference.token_logps(eager_in, targets, **options)
     eager.backward(grad.to(eager.dtype))
     ours = token_logps(ours_in, targets, **options)
-    assert isinstance(ours, torch.Tensor)
     ours.backward(grad.to(ours.dtype))
     assert ours.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
     assert gradient(ours_in).dtype == logits.dtype
@@ -77,7 +76,6 @@ def test_masked_vocabulary():
 def test_all_minus_infinity_is_nan_as_in_torch():
     logits = torch.full((1, 10), float("-inf"))
     ours = token_logps(logits, torch.tensor([3]))
-    assert isinstance(ours, torch.Tensor)
     assert ours.isnan().all()
     assert reference.token_logps(logits, torch.tensor([3])).isnan().all()
 
@@ -85,7 +83,6 @@ def test_all_minus_infinity_is_nan_as_in_torch():
 def test_impossible_target():
     logits = torch.tensor([[0.0, float("-inf"), 1.0]])
     ours = token_logps(logits, torch.tensor([1]))
-    assert isinstance(ours, torch.Tensor)
     assert ours.item() == -math.inf
 
 
@@ -106,7 +103,6 @@ def test_ignored_rows_are_not_read():
     targets = torch.tensor([1, -100, 2, -100, 3, -100])
     logits.requires_grad_()
     ours = token_logps(logits, targets)
-    assert isinstance(ours, torch.Tensor)
     ours.sum().backward()
     assert ours.isfinite().all()
     assert gradient(logits).isfinite().all()
@@ -133,7 +129,6 @@ def test_layouts(name):
     truth = reference.token_logps(leaf(logits, torch.float64), targets)
     base = logits.clone().requires_grad_() if name == "scalar" else logits.requires_grad_()
     ours = token_logps(base, targets)
-    assert isinstance(ours, torch.Tensor)
     assert max_error(ours, truth) < 1e-5
     (found,) = torch.autograd.grad(ours.sum(), base)
     wide = leaf(logits, torch.float64)
@@ -146,8 +141,6 @@ def test_same_bits_with_and_without_gradient():
     with torch.no_grad():
         plain = token_logps(logits, targets)
     traced = token_logps(leaf(logits), targets)
-    assert isinstance(plain, torch.Tensor)
-    assert isinstance(traced, torch.Tensor)
     assert torch.equal(plain, traced)
 
 
@@ -161,6 +154,8 @@ def test_statistics(options):
     targets[1::5] = -100
     found = token_logps(logits, targets, stats=ALL_STATS, **options)
     assert isinstance(found, TokenStats)
+    assert found.mean_logit is not None
+    assert found.max_is_target is not None
     truth = reference.token_stats(logits.double(), targets, **options)
     for name in ("entropy", "log_sum_sq"):
         torch.testing.assert_close(getattr(found, name).double(), truth[name], rtol=1e-5, atol=1e-5)
@@ -194,7 +189,6 @@ def test_golden_two_tokens():
     """softmax((0, ln 3)) = (1/4, 3/4)."""
     logits = torch.tensor([[0.0, math.log(3.0)]], dtype=torch.float64, requires_grad=True)
     lp = token_logps(logits, torch.tensor([1]))
-    assert isinstance(lp, torch.Tensor)
     (2.0 * lp).sum().backward()
     assert lp.item() == pytest.approx(math.log(0.75), abs=1e-15)
     assert gradient(logits)[0].tolist() == pytest.approx([-0.5, 0.5], abs=1e-15)

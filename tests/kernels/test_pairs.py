@@ -1,6 +1,7 @@
 """pair_loss and the paper's dpo_loss: hand-worked numbers, the paper's gradient formula, float64, errors."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -44,11 +45,11 @@ def test_gradient_is_the_papers(smoothing):
     pair_loss(policy, ref, *index, beta=beta, label_smoothing=smoothing, reduction="sum").loss.backward()
     rewards = beta * (policy.detach() - ref)
     expected = torch.zeros(5, dtype=torch.float64)
-    for w, l in zip(*(part.tolist() for part in index), strict=True):
-        forwards, backwards = torch.sigmoid(rewards[l] - rewards[w]), torch.sigmoid(rewards[w] - rewards[l])
+    for w, lo in zip(*(part.tolist() for part in index), strict=True):
+        forwards, backwards = torch.sigmoid(rewards[lo] - rewards[w]), torch.sigmoid(rewards[w] - rewards[lo])
         slope = -beta * ((1 - smoothing) * forwards - smoothing * backwards)
         expected[w] += slope
-        expected[l] -= slope
+        expected[lo] -= slope
     torch.testing.assert_close(gradient(policy), expected, rtol=1e-12, atol=1e-14)
 
 
@@ -59,7 +60,7 @@ def test_matches_the_reference(reduction, weighted, dtype):
     policy, ref = (torch.randn(2, 9) * 30).to(dtype)
     index = pairs((0, 1), (2, 3), (2, 4), (8, 0), (5, 6))
     weights = torch.rand(5, dtype=torch.float64) if weighted else None
-    options = {"beta": 0.2, "label_smoothing": 0.05, "reduction": reduction, "pair_weights": weights}
+    options: dict[str, Any] = {"beta": 0.2, "label_smoothing": 0.05, "reduction": reduction, "pair_weights": weights}
     wide, ours = leaf(policy, torch.float64), leaf(policy)
     ref_grad = leaf(ref)
     truth = reference.pair_loss(wide, ref.double(), *index, **options)
@@ -70,7 +71,7 @@ def test_matches_the_reference(reduction, weighted, dtype):
     eps = torch.finfo(found.loss.dtype).eps
     for mine, theirs in zip(found, truth, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=2 * eps, atol=2 * eps)
-    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4 * eps}
+    close: dict[str, Any] = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4 * eps}
     torch.testing.assert_close(gradient(ours).double(), gradient(wide), **close)
     torch.testing.assert_close(gradient(ref_grad), -gradient(ours), rtol=0, atol=0)
 
