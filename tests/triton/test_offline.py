@@ -5,11 +5,16 @@ import re
 import pytest
 import torch
 from dpo_kernels.common import LogitOptions
-from dpo_kernels.tri import rows
+from dpo_kernels.pairs import PairCall
+from dpo_kernels.tri import fixed, rows
+from dpo_kernels.tri.fused import fused_backward, fused_forward
 from dpo_kernels.tri.logits import logps_backward, logps_forward
+from dpo_kernels.tri.pairs import pair_backward, pair_forward
+from dpo_kernels.tri.rankings import ranking_backward, ranking_forward
 
 from tests.harness.offline import SHARED_LIMIT, TARGETS, compiling, machine_code
 
+SOME_TARGETS = [t if t in ("sm_90", "gfx942") else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDE = r"(LDG|STG)\S*\.128|(global|buffer)_(load|store)_dwordx4"
 
@@ -40,7 +45,7 @@ def assert_streams_well(code, vocabulary):
         assert code.bytes_in_flight >= 48 * 1024
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", SOME_TARGETS)
 @pytest.mark.parametrize("vocabulary", [32000, 50257])
 def test_row_kernels_in_bf16(target, vocabulary):
     for code in compile_logits(target, torch.bfloat16, vocabulary):
@@ -55,3 +60,117 @@ def test_row_kernels_in_bf16(target, vocabulary):
 def test_every_launch_configuration(target, dtype, vocabulary, options):
     for code in compile_logits(target, dtype, vocabulary, **options):
         assert_streams_well(code, vocabulary)
+
+
+def compile_fused(
+    target, dtype, vocabulary, *, padded=False, ref="token", weighted=False, reduction="mean", softcap=None
+):
+    """Machine code of the one-launch forward and backward."""
+    logits, targets = torch.empty(4, 2, vocabulary, dtype=dtype), torch.zeros(4, 2, dtype=torch.long)
+    ids, index, numbers = None if padded else targets, torch.zeros(3, dtype=torch.long), torch.zeros(8)
+    references = {"token": numbers, "completion": numbers[:4], "none": None}[ref]
+    weights = numbers[:3] if weighted else None
+    options, call = LogitOptions(softcap=softcap), PairCall.check("sigmoid", 0.1, reduction, label_smoothing=0.0)
+    work = torch.zeros(fixed.workspace_size(4), dtype=torch.int64)
+    with pytest.MonkeyPatch.context() as patch, compiling(target) as compiled:
+        patch.setattr(rows, "warp_size", lambda device: TARGETS[target].warp_size)
+        out = fused_forward(
+            logits, targets, ids, references, index, index, weights, 4, options, call,
+            ref_per_token=ref == "token", work=work,
+        )  # fmt: skip
+        fused_backward(logits, targets, ids, index, index, out, numbers[:3], options, call)
+    return [machine_code(kernel) for kernel in compiled]
+
+
+def compile_finishers(target):
+    """Machine code of the pair and ranking kernels."""
+    values, index, numbers = torch.zeros(4), torch.zeros(3, dtype=torch.long), torch.zeros(3)
+    rankings, work = torch.zeros(3, 4, dtype=torch.long), torch.zeros(fixed.workspace_size(4), dtype=torch.int64)
+    with pytest.MonkeyPatch.context() as patch, compiling(target) as compiled:
+        patch.setattr(rows, "warp_size", lambda device: TARGETS[target].warp_size)
+        for reduction in ("mean", "none"):
+            call = PairCall.check("sigmoid", 0.1, reduction, label_smoothing=0.0)
+            for weights in (None, numbers):
+                pair_forward(values, values, index, index, weights, call, work=work)
+            ranking_forward(values, values, rankings, 0.1, reduction, 4, work=work)
+        pair_backward(numbers, numbers, numbers, index, index, 4, work=work)
+        ranking_backward(torch.zeros(3, 4), numbers, rankings, 4, work=work)
+    return [machine_code(kernel) for kernel in compiled]
+
+
+def assert_row_loop_is_wide(code, vocabulary):
+    """As `assert_streams_well`, where loops over pairs make narrow accesses and barriers of their own."""
+    assert code.stack == 0, f"{code.name} on {code.target}"
+    assert code.shared <= SHARED_LIMIT[code.target]
+    assert code.count(WIDE, loop=True) >= 1
+    assert not {name for name in code.global_accesses(loop=True) if re.search(r"U16|ushort|_short|S16", name)}
+    if vocabulary >= 32000:
+        assert code.warps_per_multiprocessor >= (16 if code.target == "gfx942" else 24)
+        assert code.bytes_in_flight >= 48 * 1024
+
+
+@pytest.mark.parametrize("target", SOME_TARGETS)
+def test_fused_kernels_in_bf16(target):
+    forward, backward = compile_fused(target, torch.bfloat16, 50257)
+    assert_row_loop_is_wide(forward, 50257)
+    assert_streams_well(backward, 50257)
+    assert_ticket_is_released_and_acquired(forward)
+
+
+def assert_ticket_is_released_and_acquired(code):
+    """Sums, fence, ticket, invalidation, barrier, reads past L1: in that order in the machine code."""
+    if code.target == "gfx942":
+        order = [
+            r"(global|buffer)_atomic_add_x2",
+            r"buffer_wbl2 sc1",
+            r"s_waitcnt vmcnt\(0\)",
+            r"global_atomic_add_x2 .*sc0",
+            r"s_waitcnt vmcnt\(0\)",
+            r"buffer_inv sc1",
+            r"s_barrier",
+            r"(global|buffer)_load_dwordx2",
+        ]
+    else:
+        order = [
+            r"(REDG|RED|ATOMG)\S*ADD\.64\.STRONG\.GPU",
+            r"MEMBAR\.\S*GPU",
+            r"ATOMG\S*ADD\.64\.STRONG\.GPU",
+            r"CCTL\.IVALL",
+            r"BAR\.SYNC",
+            r"LDG\.E\.64\.STRONG\.GPU",
+        ]
+    place = 0
+    for pattern in order:
+        found = [i for i, text in enumerate(code.instructions) if i >= place and re.match(pattern, text)]
+        assert found, f"{code.name} on {code.target}: no {pattern} after instruction {place}"
+        place = found[0] + 1
+
+
+@pytest.mark.parametrize("target", SOME_TARGETS)
+def test_pair_and_ranking_kernels(target):
+    for code in compile_finishers(target):
+        assert code.stack == 0, f"{code.name} on {code.target}"
+        assert code.shared <= SHARED_LIMIT[target]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [128, 1000, 5000, 32000, 50257])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ref": "completion", "weighted": True},
+        {"ref": "none", "padded": True},
+        {"reduction": "none", "softcap": 30.0},
+        {"softcap": 30.0, "weighted": True, "padded": True},
+    ],
+    ids=str,
+)
+def test_every_fused_configuration(target, dtype, vocabulary, options):
+    codes = {code.name: code for code in compile_fused(target, dtype, vocabulary, **options)}
+    assert_row_loop_is_wide(codes["fused_forward_kernel"], vocabulary)
+    assert_streams_well(codes["fused_backward_kernel"], vocabulary)
+    assert_ticket_is_released_and_acquired(codes["fused_forward_kernel"])
+    assert all(code.stack == 0 for code in codes.values())

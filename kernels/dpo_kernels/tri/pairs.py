@@ -1,0 +1,164 @@
+"""Pair losses: values, rewards and gradient in one launch of one program.
+
+C completions, T pairs. Reading order: the pass over the pairs, forward kernel, backward kernel, launchers.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..pairs import PairCall
+from . import fixed, rows
+from .fixed import SUMS, published, scatter_pairs
+from .losses import LOSS_IDS, pair_formula
+
+THREADS = 256
+"""Of the one program that works on pairs; also pairs a pass, so that each thread rereads only what it wrote itself."""
+
+FROM_TENSORS, FROM_WORKSPACE, FROM_WORKSPACE_LESS_REFERENCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def completion_delta(policy, ref, work, completion, known, C, SOURCE: tl.constexpr):
+    """float64 log ratios of completions; NaN for one that does not exist."""
+    if SOURCE == FROM_TENSORS:
+        delta = tl.load(policy + completion, mask=known, other=float("nan")).to(tl.float64)
+    else:
+        delta = published(work, completion, C, known)
+    if SOURCE != FROM_WORKSPACE:
+        delta -= tl.load(ref + completion, mask=known, other=0.0).to(tl.float64)
+    return tl.where(known, delta, float("nan"))
+
+
+@triton.jit
+def pass_over_pairs(
+    policy, ref, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes, lost_slopes,
+    T, C, beta, smoothing, factor,
+    LOSS: tl.constexpr, SOURCE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Losses, rewards and slopes of every pair, and factor * the sum of the losses."""
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, T, BLOCK):
+        pair = first + lane
+        inside = pair < T
+        i = tl.load(chosen + pair, mask=inside, other=-1)
+        j = tl.load(rejected + pair, mask=inside, other=-1)
+        won = completion_delta(policy, ref, work, i, (i >= 0) & (i < C), C, SOURCE)
+        lost = completion_delta(policy, ref, work, j, (j >= 0) & (j < C), C, SOURCE)
+        tl.store(won_rewards + pair, (won * beta).to(tl.float32), mask=inside)
+        tl.store(lost_rewards + pair, (lost * beta).to(tl.float32), mask=inside)
+        value, won_slope, lost_slope = pair_formula(won, lost, beta, smoothing, LOSS)
+        if WEIGHTED:
+            # A pair of weight 0 counts for nothing, whatever its loss.
+            weight = tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)
+            value = tl.where(weight == 0.0, 0.0, weight * value)
+            won_slope = tl.where(weight == 0.0, 0.0, weight * won_slope)
+            lost_slope = tl.where(weight == 0.0, 0.0, weight * lost_slope)
+        total += tl.where(inside, value, 0.0).to(tl.float64)
+        tl.store(losses + pair, value, mask=inside)
+        tl.store(won_slopes + pair, won_slope, mask=inside)
+        tl.store(lost_slopes + pair, lost_slope, mask=inside)
+    tl.store(loss, (tl.sum(total, axis=0) * factor).to(tl.float32))
+
+
+@triton.jit
+def pair_forward_kernel(
+    policy, ref, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes, lost_slopes,
+    grad, T, C, bits, beta, smoothing, factor,
+    LOSS: tl.constexpr, WEIGHTED: tl.constexpr, REDUCED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pass_over_pairs(
+        policy, ref, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes,
+        lost_slopes, T, C, beta, smoothing, factor, LOSS, FROM_TENSORS, WEIGHTED, BLOCK,
+    )  # fmt: skip
+    if REDUCED:
+        tl.debug_barrier()
+        scatter_pairs(
+            won_slopes, lost_slopes, losses, chosen, rejected, grad, work + SUMS, T, C, bits, factor, False, BLOCK
+        )
+
+
+@triton.jit
+def pair_backward_kernel(
+    won_slopes, lost_slopes, upstream, chosen, rejected, grad, work, T, C, bits, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Gradient of unreduced losses: each pair's slopes times its own upstream gradient."""
+    scatter_pairs(won_slopes, lost_slopes, upstream, chosen, rejected, grad, work + SUMS, T, C, bits, 1.0, True, BLOCK)
+
+
+@dataclass(frozen=True)
+class PairOutputs:
+    """fp32. loss: scalar; losses, rewards and slopes [T]; grad [C] is dloss/dpolicy, filled unless the reduction is
+    "none".
+    """
+
+    loss: torch.Tensor
+    losses: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
+    chosen_slopes: torch.Tensor
+    rejected_slopes: torch.Tensor
+    grad: torch.Tensor
+
+    @classmethod
+    def allocate(cls, pairs: int, completions: int, device: torch.device) -> "PairOutputs":
+        flat = torch.empty(1 + 5 * pairs + completions, dtype=torch.float32, device=device)
+        loss, *parts, grad = flat.split([1, *[pairs] * 5, completions])
+        return cls(loss.view(()), *parts, grad)
+
+    @property
+    def all(self) -> tuple[torch.Tensor, ...]:
+        return (
+            self.loss, self.losses, self.chosen_rewards, self.rejected_rewards, self.chosen_slopes,
+            self.rejected_slopes, self.grad,
+        )  # fmt: skip
+
+
+def fixed_bits(pairs: int) -> int:
+    """Bits that the number of terms of a completion's gradient needs: it is in at most 2T places."""
+    return max(1, 2 * pairs).bit_length()
+
+
+def pair_warps(device: torch.device) -> int:
+    return THREADS // rows.warp_size(device)
+
+
+def reduction_factor(call: PairCall, pairs: int) -> float:
+    return 1.0 / max(pairs, 1) if call.reduction == "mean" else 1.0
+
+
+def pair_forward(
+    policy: torch.Tensor, ref: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor,
+    weights: torch.Tensor | None, call: PairCall, *, work: torch.Tensor | None = None,
+) -> PairOutputs:  # fmt: skip
+    """policy, ref [C] of any floating dtypes, chosen, rejected [T] int64, weights [T] or None -> `PairOutputs`."""
+    pairs, completions, device = chosen.numel(), policy.numel(), policy.device
+    out = PairOutputs.allocate(pairs, completions, device)
+    work = fixed.workspace(device, completions) if work is None else work
+    pair_forward_kernel[(1,)](
+        policy.contiguous(), ref.contiguous(), work, chosen.contiguous(), rejected.contiguous(),
+        out.losses if weights is None else weights.contiguous(), *out.all, pairs, completions, fixed_bits(pairs),
+        call.beta, dict(call.options).get("label_smoothing", 0.0), reduction_factor(call, pairs),
+        LOSS=LOSS_IDS[call.loss], WEIGHTED=weights is not None, REDUCED=call.reduction != "none", BLOCK=THREADS,
+        num_warps=pair_warps(device),
+    )  # fmt: skip
+    return out
+
+
+def pair_backward(
+    won_slopes: torch.Tensor, lost_slopes: torch.Tensor, upstream: torch.Tensor, chosen: torch.Tensor,
+    rejected: torch.Tensor, completions: int, *, work: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """dL/dpolicy [C] fp32 from dL/dlosses [T] fp32."""
+    grad = torch.empty(completions, dtype=torch.float32, device=upstream.device)
+    work = fixed.workspace(upstream.device, completions) if work is None else work
+    pair_backward_kernel[(1,)](
+        won_slopes, lost_slopes, upstream.contiguous(), chosen.contiguous(), rejected.contiguous(), grad, work,
+        chosen.numel(), completions, fixed_bits(chosen.numel()), BLOCK=THREADS, num_warps=pair_warps(upstream.device),
+    )  # fmt: skip
+    return grad
