@@ -103,6 +103,9 @@ def test_long_completions_keep_their_precision():
     assert found.rejected_rewards.item() == pytest.approx(delta[1].item(), abs=2e-4)
     exact = reference.completion_sums(found.token_logps.double() - ref.double(), ids, 2)
     assert found.chosen_rewards.item() == pytest.approx(exact[0].item(), rel=1e-7)
+    sums = reference.completion_sums(ref.double(), ids, 2)
+    summed = dpo_loss_from_logits(logits, targets, ids, sums, torch.tensor([0]), torch.tensor([1]), beta=1.0)
+    assert summed.chosen_rewards.item() == pytest.approx(exact[0].item(), rel=1e-6)
 
 
 def test_golden_two_token_pair():
