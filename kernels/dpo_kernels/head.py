@@ -8,7 +8,7 @@ share it. Order: buffers, forward, backward, autograd, public function.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Unpack, overload
+from typing import TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -25,9 +25,10 @@ from .common import (
     check_shape,
     check_stats,
 )
-from .logps import LogitArguments
-from .plans import Plan, choose_plan
+from .plans import ALIGN, Plan, choose_plan
 from .tiles import RowState, TileTargets, cap_derivative, fold_tile, gradient_tile, shape_tile
+
+CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,35 @@ class Buffers:
             out.addmm_(a, b)
 
 
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """The weight gradient's memory, lent to kept tiles until the gradient is written.
+
+    Tile k's kept logits lie one tile further than its gradient, so writing gradients in order only ever overwrites
+    tiles that are used up.
+    """
+
+    storage: Tensor
+    """1-D, the weight's dtype: the gradient [V, H], its last tile filled up, and one more tile."""
+    plan: Plan
+
+    @classmethod
+    def allocate(cls, weight: Tensor, plan: Plan) -> "Loan":
+        size = (plan.vocab_tiles + 1) * plan.vocab_tile * weight.shape[1] + 2 * ALIGN
+        return cls(torch.empty(size, dtype=weight.dtype, device=weight.device), plan)
+
+    def slot(self, k: int, c: int, shape: tuple[int, int], width: int, dtype: torch.dtype) -> Tensor:
+        """Where the logits [n, v] of tile k and row chunk c are kept; width is H."""
+        tile = self.plan.vocab_tile * width * self.storage.dtype.itemsize
+        each = self.plan.row_chunk * self.plan.vocab_tile * dtype.itemsize
+        start = (-(-k * tile // ALIGN) + -(-tile // ALIGN) + c * -(-each // ALIGN)) * ALIGN
+        size = math.prod(shape) * dtype.itemsize
+        return self.storage.view(torch.uint8)[start : start + size].view(dtype).view(shape)
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        return self.storage[: weight.numel()].view(weight.shape)
+
+
 @dataclass(slots=True)
 class Kept:
     """What the forward leaves for the backward beside inputs and outputs."""
@@ -104,6 +134,8 @@ class Kept:
     """Tile index: (the tile, the maximum [n] it was exponentiated against). Used up by the backward."""
     unit: Tensor | None = None
     """[N, H] d lp / d hidden (frozen plan)."""
+    loan: Loan | None = None
+    """Memory of the first `plan.lent` tiles."""
 
 
 def _shaped(z: Tensor, bias: Tensor | None, buffers: Buffers, keep: bool) -> Tensor:
@@ -126,13 +158,19 @@ def head_forward(
     kept = Kept(state.maximum, state.maximum)
     if plan.name == "frozen":
         kept.unit = torch.empty(hidden.shape, dtype=call.wide, device=hidden.device)
+    if plan.lent:
+        kept.loan = Loan.allocate(weight, plan)
     for k, v0, v1 in plan.columns():
         w = buffers.weight(weight, v0, v1)
         b = None if bias is None else bias[v0:v1].to(call.wide)
         for c, n0, n1 in plan.chunks():
             keep = plan.tile_index(k, c) < plan.retained
             h = hidden[n0:n1]
-            z = torch.mm(h, w.t()) if keep else buffers.logits(h, w)
+            if kept.loan is not None and plan.tile_index(k, c) < plan.lent:
+                slot = kept.loan.slot(k, c, (n1 - n0, v1 - v0), hidden.shape[1], call.compute)
+                z = torch.mm(h, w.t(), out=slot)
+            else:
+                z = torch.mm(h, w.t()) if keep else buffers.logits(h, w)
             x = _shaped(z, b, buffers, keep)
             derivative = cap_derivative(x, call.options) if kept.unit is not None else None
             rows, where = state.rows(n0, n1), TileTargets.locate(targets[n0:n1], v0, v1 - v0)
@@ -185,7 +223,10 @@ def head_backward(
         return kept.unit * grad.unsqueeze(1), None, None
     plan, buffers = call.plan, Buffers(call, hidden.device)
     grad_hidden = torch.empty(hidden.shape, dtype=call.wide, device=hidden.device) if needs[0] else None
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    loan, kept.loan = kept.loan, None
+    grad_weight = None
+    if needs[1]:
+        grad_weight = loan.gradient(weight) if loan is not None else torch.empty_like(weight, memory_format=CONTIGUOUS)
     grad_bias = torch.zeros(bias.shape, dtype=call.wide, device=bias.device) if needs[2] and bias is not None else None
     scaled = call.options.slope * grad
     coefficient, at_target = -scaled * kept.inverse, -scaled * logps.expm1()
@@ -276,12 +317,17 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
     return check_index("targets", targets, weight.shape[0], allow=ignore_index)
 
 
-class HeadArguments(LogitArguments, total=False):
+class HeadArguments(TypedDict, total=False):
     """Keyword arguments of `linear_token_logps` beside `stats`, for its overloads."""
 
     bias: Tensor | None
+    ignore_index: int
+    temperature: float
+    logit_scale: float
+    softcap: float | None
     plan: str
     workspace_bytes: int | None
+    backend: str | None
 
 
 @overload
@@ -338,6 +384,7 @@ def linear_token_logps(
         workspace_bytes,
         plan=plan,
         hidden_requires_grad=grad and hidden.requires_grad,
+        weight_grad_dtype=weight.dtype if grad and weight.requires_grad else None,
         device=hidden.device.type,
     )
     options = LogitOptions(ignore_index, temperature, logit_scale, softcap)

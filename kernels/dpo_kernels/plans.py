@@ -16,6 +16,9 @@ PLANS = ("auto", "frozen", "retain", "recompute")
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 """Default workspace budget of a device type."""
 
+ALIGN = 64
+"""Bytes to which kept tiles are aligned, as allocations are."""
+
 TILE_ROWS = 512
 TILE_ELEMENTS = 1 << 20
 """Of one tile: 4 MB of fp32, which the cores' L2 and a share of L3 hold, and long enough for the GEMM's full rate."""
@@ -45,6 +48,8 @@ class Plan:
     vocab_tile: int
     retained: int
     """Tiles kept, in the order of `tile_index` (row chunk by row chunk)."""
+    lent: int
+    """How many of these, the first ones, live in memory that the weight's gradient will overwrite."""
     workspace_bytes: int
     """Kept between forward and backward: at most the budget."""
     tile_bytes: int
@@ -81,7 +86,14 @@ def tile_shape(rows: int, vocabulary: int) -> tuple[int, int]:
     chunks = max(1, -(-rows // TILE_ROWS))
     row_chunk = max(1, -(-rows // chunks))
     tiles = max(1, round(vocabulary * row_chunk / TILE_ELEMENTS))
-    return row_chunk, max(1, -(-vocabulary // tiles))
+    width = max(1, -(-vocabulary // tiles))
+    return row_chunk, width if tiles == 1 else -(-width // 16) * 16
+
+
+def lent_chunks(row_chunk: int, vocab_tile: int, hidden: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> int:
+    """Row chunks of a vocabulary tile that fit into the memory of its weight gradient: H rows where dtypes agree."""
+    region = vocab_tile * hidden * grad_dtype.itemsize // ALIGN
+    return region // max(1, -(-row_chunk * vocab_tile * dtype.itemsize // ALIGN))
 
 
 def choose_plan(
@@ -94,13 +106,16 @@ def choose_plan(
     *,
     plan: str = "auto",
     hidden_requires_grad: bool = True,
+    weight_grad_dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> Plan:
     """The plan for N rows, V, H with GEMMs in `dtype`; "auto" takes the cheapest by the cost model.
 
     `workspace_bytes` bounds what is kept between forward and backward (retained tiles, or the frozen plan's [N, H]). A
     forced "retain" keeps as many tiles as fit; a forced "frozen" is refused where the head (weight or bias) needs a
-    gradient, or [N, H] does not fit. ValueError names the argument.
+    gradient, or [N, H] does not fit. `weight_grad_dtype`, where the weight has a gradient, says that its memory is
+    allocated in the forward already and holds kept tiles until it is written: they cost no workspace. ValueError names
+    the argument.
     """
     if plan not in PLANS:
         raise ValueError(f"plan: expected one of {', '.join(PLANS)}, found {plan!r}")
@@ -112,23 +127,33 @@ def choose_plan(
     row_chunk, vocab_tile = tile_shape(rows, vocabulary)
     tile = row_chunk * vocab_tile
     wide = 8 if dtype == torch.float64 else 4
+    columns = -(-vocabulary // vocab_tile)
     gemm = 2.0 * rows * vocabulary * hidden / rate
     # logits in the GEMM's dtype, widened, rounded; a weight tile in the GEMM's dtype; a dW tile; [n, H] of a dH product
     tile_bytes = tile * (wide + (2 * dtype.itemsize if dtype.itemsize < 4 else 0)) + vocab_tile * hidden * (wide + 4)
     tile_bytes += row_chunk * hidden * wide
 
-    def layout(name: str, retained: int, kept: int, gemms: float, moved: float) -> Plan:
+    def layout(name: str, retained: int, kept: int, gemms: float, moved: float, lent: int = 0) -> Plan:
         seconds = gemms * gemm + moved / bandwidth
-        return Plan(name, rows, vocabulary, row_chunk, vocab_tile, retained, kept, tile_bytes, gemms, seconds)
+        # Lent memory is up to two weight tiles longer than the gradient; the lent tiles' maxima are kept beside it.
+        longer = (columns + 1) * vocab_tile - vocabulary
+        beside = (longer * hidden + 2 * ALIGN) * 4 + lent * row_chunk * wide if lent else 0
+        working = tile_bytes + beside
+        return Plan(name, rows, vocabulary, row_chunk, vocab_tile, retained, lent, kept, working, gemms, seconds)
 
     if not (weight_requires_grad or hidden_requires_grad):
         return layout("score", 0, 0, 1.0, 0.0)
     backward = float(weight_requires_grad) + float(hidden_requires_grad)
-    tiles = max(1, -(-rows // row_chunk) * -(-vocabulary // vocab_tile))
+    tiles = max(1, -(-rows // row_chunk) * columns)
     each = tile * dtype.itemsize + row_chunk * wide
-    fit = min(tiles, workspace_bytes // max(1, each))
+    lent = 0
+    if weight_grad_dtype is not None:
+        chunks = lent_chunks(row_chunk, vocab_tile, hidden, dtype, weight_grad_dtype)
+        lent = min(tiles, chunks * columns)
+    own = min(tiles - lent, workspace_bytes // max(1, each))
+    fit = lent + own
     candidates = {
-        "retain": layout("retain", fit, fit * each, 1 + backward + (1 - fit / tiles), 2.0 * fit * each),
+        "retain": layout("retain", fit, own * each, 1 + backward + (1 - fit / tiles), 2.0 * fit * each, lent),
         "recompute": layout("recompute", 0, 0, 2 + backward, 0.0),
     }
     frozen_bytes = rows * hidden * wide

@@ -173,7 +173,8 @@ def test_non_contiguous_inputs(small_tiles):
     truth = run(reference.linear_token_logps, hidden, weight, bias, targets, grad, dtype=torch.float64)
     h = leaf(hidden.t().contiguous()).t()
     w = leaf(torch.stack([weight, weight], 2))[:, :, 0]
-    h.retain_grad(), w.retain_grad()
+    h.retain_grad()
+    w.retain_grad()
     logps(h, w, targets, bias=bias).backward(grad.float())
     torch.testing.assert_close(gradient(h).double(), truth[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient(w).double(), truth[2], rtol=1e-4, atol=1e-5)
