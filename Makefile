@@ -40,7 +40,7 @@ lint: $(VENV)/.dev  ## ruff and basedpyright
 	$(BIN)/basedpyright
 
 bench: $(VENV)/.peers  ## step time and memory beside TRL, the padded mode and the floor
-	$(BIN)/python -m pytest -q bench --benchmark-only
+	$(BIN)/python -m pytest -q -s bench/bench_step.py --benchmark-only
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

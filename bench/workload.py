@@ -1,0 +1,134 @@
+"""The work every side of the benchmark does: one small Llama, seeded preference pairs as token ids, two length mixes.
+
+Shapes: T pairs a step, S tokens, V vocabulary, H hidden.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+EOS = 2
+FIRST_ORDINARY_TOKEN = 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison: token ids of the prompt and of both completions, each completion with its end-of-sequence."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class LengthMix:
+    """Log-normal lengths in tokens: median and sigma of the logarithm, for prompts and completions."""
+
+    name: str
+    prompt_median: float
+    prompt_sigma: float
+    completion_median: float
+    completion_sigma: float
+
+    def draw(self, steps: int, pairs_per_step: int, vocabulary: int, seed: int) -> list[list[Pair]]:
+        """`steps` steps of `pairs_per_step` pairs; the same seed gives the same tokens everywhere."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def length(median: float, sigma: float) -> int:
+            return max(1, round(median * math.exp(sigma * torch.randn((), generator=generator).item())))
+
+        def tokens(count: int) -> list[int]:
+            return torch.randint(FIRST_ORDINARY_TOKEN, vocabulary, (count,), generator=generator).tolist()
+
+        def completion() -> list[int]:
+            return [*tokens(length(self.completion_median, self.completion_sigma) - 1), EOS]
+
+        def pair() -> Pair:
+            return Pair(tokens(length(self.prompt_median, self.prompt_sigma)), completion(), completion())
+
+        return [[pair() for _ in range(pairs_per_step)] for _ in range(steps)]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of the Llama that is trained; random weights, untied embeddings."""
+
+    hidden: int = 512
+    layers: int = 8
+    heads: int = 8
+    key_value_heads: int = 4
+    intermediate: int = 1408
+    vocabulary: int = 32000
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            max_position_embeddings=8192,
+            pad_token_id=EOS,
+            eos_token_id=EOS,
+            tie_word_embeddings=False,
+            attention_dropout=0.0,
+            use_cache=False,
+        )
+
+    def build(self, seed: int = 0) -> LlamaForCausalLM:
+        """The model in fp32, the same weights for the same seed."""
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(self.config())
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Everything that is the same on every side."""
+
+    model: ModelShape = field(default_factory=ModelShape)
+    pairs_per_step: int = 4
+    dtype: str = "fp32"
+    """`fp32`, or `bf16` for autocast with fp32 parameters and fp32 optimizer state."""
+    optimizer: str = "rmsprop"
+    """`rmsprop` (the paper's) or `adamw`."""
+    lr: float = 1e-6
+    beta: float = 0.1
+    grad_clip: float = 10.0
+    threads: int = 2
+    data_seed: int = 1
+
+    def asdict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+SUMMARISE = LengthMix("summarise", 170, 0.45, 18, 0.4)
+CHAT = LengthMix("chat", 60, 0.9, 120, 0.7)
+MIXES = {mix.name: mix for mix in (SUMMARISE, CHAT)}
+
+TINY_MODEL = ModelShape(hidden=64, layers=2, heads=4, key_value_heads=2, intermediate=128, vocabulary=512)
+TINY_MIXES = {
+    "summarise": LengthMix("summarise", 17, 0.45, 4, 0.4),
+    "chat": LengthMix("chat", 6, 0.9, 12, 0.7),
+}
+
+
+def describe(steps: Sequence[Sequence[Pair]]) -> dict[str, float]:
+    """Mean token counts a step: what a padded batch of two rows a pair holds, what is in it, what sharing leaves."""
+    padded = plain = shared = targets = 0
+    for step in steps:
+        lengths = [len(p.prompt) + len(c) for p in step for c in (p.chosen, p.rejected)]
+        padded += max(lengths) * len(lengths)
+        plain += sum(lengths)
+        shared += sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in step)
+        targets += sum(len(p.chosen) + len(p.rejected) for p in step)
+    totals = {"padded_tokens": padded, "plain_tokens": plain, "shared_tokens": shared, "completion_tokens": targets}
+    return {name: round(total / len(steps), 1) for name, total in totals.items()}
