@@ -8,6 +8,7 @@ from .modules import DPOLoss, LinearDPOLoss
 from .pairs import LOSSES, PairLoss, pair_loss
 from .paper import dpo_loss
 from .plans import Plan, choose_plan
+from .rankings import RankingLoss, ranking_loss
 
 __all__ = [
     "LOSSES",
@@ -16,6 +17,7 @@ __all__ = [
     "LinearPairLoss",
     "PairLoss",
     "Plan",
+    "RankingLoss",
     "TokenStats",
     "choose_plan",
     "dpo_loss",
@@ -23,5 +25,6 @@ __all__ = [
     "linear_dpo_loss",
     "linear_token_logps",
     "pair_loss",
+    "ranking_loss",
     "token_logps",
 ]

@@ -81,7 +81,7 @@ def check_index(name: str, value: Tensor, upper: int | None, *, lower: int = 0, 
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name}: expected an integer tensor, found {found}")
     value = value.long()
-    if value.device.type == "cpu" and value.numel() and upper is not None:
+    if value.device.type == "cpu" and upper is not None and not torch.compiler.is_compiling() and value.numel():
         bad = (value < lower) | (value >= upper)
         if allow is not None:
             bad &= value != allow

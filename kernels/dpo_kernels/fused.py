@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import check_float, check_index, check_same_device, check_shape
+from . import fused_operators
+from .backends import resolve_backend
+from .common import LogitOptions, check_float, check_index, check_same_device, check_shape
 from .head import linear_token_logps
-from .logps import token_logps
+from .logps import check_inplace, token_logps
 from .pairs import PairCall, check_pairs, delta_gradient, pair_terms, reduce_pairs
 
 
@@ -71,6 +73,33 @@ class _SegmentPairLoss(torch.autograd.Function):
         return rows.to(ctx.dtype), *(None,) * 7
 
 
+def check_segments(
+    rows: Tensor,
+    ref_logps: Tensor | None,
+    completion_ids: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    num_completions: int | None,
+    pair_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """completion_ids [N], chosen and rejected [T] as int64, and C, checked against `rows` [N]."""
+    size = rows.numel()
+    check_shape("completion_ids", completion_ids, (size,), "one a row")
+    completion_ids = check_index("completion_ids", completion_ids, None)
+    if num_completions is None:
+        if ref_logps is not None and ref_logps.numel() != size:
+            num_completions = ref_logps.numel()
+        else:
+            named = [part for part in (completion_ids, chosen, rejected) if part.numel()]
+            num_completions = max((int(part.max()) + 1 for part in named), default=0)
+    check_index("completion_ids", completion_ids, num_completions, lower=-1)
+    chosen, rejected = check_pairs(chosen, rejected, pair_weights, num_completions)
+    check_same_device(rows=rows, ref_logps=ref_logps, completion_ids=completion_ids, chosen=chosen)
+    if ref_logps is not None:
+        _check_reference(ref_logps, completion_ids, num_completions)
+    return completion_ids, chosen, rejected, num_completions
+
+
 def segment_pair_loss(
     logps: Tensor,
     ref_logps: Tensor | None,
@@ -82,23 +111,10 @@ def segment_pair_loss(
     call: PairCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checks, then loss and rewards of token log-probs [N]."""
-    size = logps.numel()
-    check_shape("completion_ids", completion_ids, (size,), "one a row")
-    completion_ids = check_index("completion_ids", completion_ids, None)
-    if num_completions is None:
-        if ref_logps is not None and ref_logps.numel() != size:
-            num_completions = ref_logps.numel()
-        else:
-            named = [part for part in (completion_ids, chosen, rejected) if part.numel()]
-            num_completions = max((int(part.max()) + 1 for part in named), default=0)
-    check_index("completion_ids", completion_ids, num_completions, lower=-1)
-    chosen, rejected = check_pairs(chosen, rejected, pair_weights, num_completions)
-    check_same_device(token_logps=logps, ref_logps=ref_logps, completion_ids=completion_ids, chosen=chosen)
-    if ref_logps is not None:
-        _check_reference(ref_logps, completion_ids, num_completions)
-    return _SegmentPairLoss.apply(
-        logps, ref_logps, completion_ids, chosen, rejected, pair_weights, num_completions, call
+    ids, chosen, rejected, completions = check_segments(
+        logps, ref_logps, completion_ids, chosen, rejected, num_completions, pair_weights
     )
+    return _SegmentPairLoss.apply(logps, ref_logps, ids, chosen, rejected, pair_weights, completions, call)
 
 
 def _check_reference(ref_logps: Tensor, completion_ids: Tensor, completions: int) -> None:
@@ -109,7 +125,8 @@ def _check_reference(ref_logps: Tensor, completion_ids: Tensor, completions: int
             f"ref_logps: expected shape [{size}] (one a row) or [{completions}] (one a completion), "
             f"found {list(ref_logps.shape)}"
         )
-    if size == completions and not torch.equal(completion_ids, torch.arange(size, device=completion_ids.device)):
+    ambiguous = size == completions and completion_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if ambiguous and not torch.equal(completion_ids, torch.arange(size)):
         raise ValueError(
             f"ref_logps: [{size}] could be one a row or one a completion, and completion_ids are not 0, 1, 2, ...: "
             "the two readings differ"
@@ -190,15 +207,44 @@ def dpo_loss_from_logits(
     reduction: str = "mean",
     pair_weights: Tensor | None = None,
     num_completions: int | None = None,
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> LinearPairLoss:
-    """Preference loss from logits.
+    """Preference loss from logits. Triton: one launch forward, one backward (two for reduction "none").
 
     logits [..., V], targets [...], row t predicts targets[t]; completion_ids [...], or None for padded [C, L, V]
     logits, where completion c is logits[c]. ref_logps [...] per token, [C] per completion, or None. The rest as
     `linear_dpo_loss`.
     """
     call = _call(loss, beta, reduction, label_smoothing)
+    check_float("logits", logits)
+    check_shape("targets", targets, logits.shape[:-1], "one target a row of logits")
+    padded = completion_ids is None
+    if completion_ids is None:
+        if targets.dim() != 2:
+            raise ValueError(f"completion_ids: None needs logits [C, L, V], found {list(logits.shape)}")
+        completion_ids = torch.arange(targets.shape[0], device=targets.device).unsqueeze(1).expand_as(targets)
+        num_completions = targets.shape[0]
+    check_shape("completion_ids", completion_ids, targets.shape, "as targets")
+    if ref_logps is not None and ref_logps.shape == targets.shape:
+        ref_logps = ref_logps.reshape(-1)
+    chosen_backend = resolve_backend(backend, logits.device, logits.dtype)
+    if chosen_backend == "triton":
+        options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
+        targets = check_index("targets", targets, logits.shape[-1], allow=ignore_index)
+        if inplace_backward:
+            check_inplace(logits, chosen_backend)
+        ids, chosen, rejected, completions = check_segments(
+            targets.reshape(-1), ref_logps, completion_ids.reshape(-1), chosen, rejected, num_completions, pair_weights
+        )
+        per_token = ref_logps is not None and ref_logps.numel() == targets.numel()
+        outputs = fused_operators.dpo_loss_from_logits(
+            *(logits, targets, None if padded else ids, ref_logps, chosen, rejected, pair_weights, completions),
+            *(per_token, inplace_backward, ignore_index, options.temperature, options.logit_scale),
+            *(options.softcap or 0.0, loss, beta, label_smoothing, reduction),
+        )
+        total, losses, (won, lost), _, _, logps, _, _ = outputs
+        return LinearPairLoss(losses if reduction == "none" else total, won, lost, logps.view(targets.shape))
     logps = token_logps(
         logits,
         targets,
@@ -206,16 +252,9 @@ def dpo_loss_from_logits(
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
-        backend=backend,
+        inplace_backward=inplace_backward,
+        backend="torch",
     )
-    if completion_ids is None:
-        if targets.dim() != 2:
-            raise ValueError(f"completion_ids: None needs logits [C, L, V], found {list(logits.shape)}")
-        completion_ids = torch.arange(targets.shape[0], device=targets.device).unsqueeze(1).expand_as(targets)
-        num_completions = targets.shape[0]
-    check_shape("completion_ids", completion_ids, targets.shape, "as targets")
     ids = completion_ids.where(targets != ignore_index, -1).reshape(-1)
-    if ref_logps is not None and ref_logps.shape == targets.shape:
-        ref_logps = ref_logps.reshape(-1)
     found = segment_pair_loss(logps.reshape(-1), ref_logps, ids, chosen, rejected, num_completions, pair_weights, call)
     return LinearPairLoss(*found, logps.detach())

@@ -1,7 +1,7 @@
 """token_logps: log-probability of the target of every row of logits. Torch path: rows in cache-sized blocks.
 
 Shapes: [...] leading dimensions, N rows in all, V vocabulary.
-Order: blocks, forward, backward, autograd, public function.
+Order: blocks, forward, backward, public function (autograd: `operators.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,10 +10,10 @@ from typing import TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from . import operators
 from .backends import resolve_backend
-from .common import LogitOptions, TokenStats, accumulation_dtype, check_float, check_index, check_shape, check_stats
+from .common import STATS, LogitOptions, TokenStats, check_float, check_index, check_shape, check_stats
 from .tiles import RowState, TileTargets, cap_derivative, fold_tile, gradient_tile, shape_tile
 
 BLOCK_BYTES = 1 << 20
@@ -109,24 +109,6 @@ def _matrices_like(tensor: Tensor, pattern: Tensor) -> Iterator[Tensor]:
         offset += matrix.shape[0]
 
 
-class _TokenLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, call: LogpsCall):
-        logps, maximum, inverse, found = logps_forward(logits, targets, call)
-        ctx.call = call
-        ctx.save_for_backward(logits, targets, logps, maximum, inverse)
-        stats = tuple(found[name] for name in call.stats)
-        ctx.mark_non_differentiable(*stats)
-        return logps, *stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, targets, logps, maximum, inverse = ctx.saved_tensors
-        grad = grad_outputs[0].to(ctx.call.dtype)
-        return logps_backward(logits, targets, logps, maximum, inverse, grad, ctx.call), None, None
-
-
 class LogitArguments(TypedDict, total=False):
     """Keyword arguments of `token_logps` beside `stats`, for its overloads."""
 
@@ -134,6 +116,7 @@ class LogitArguments(TypedDict, total=False):
     temperature: float
     logit_scale: float
     softcap: float | None
+    inplace_backward: bool
     backend: str | None
 
 
@@ -158,6 +141,7 @@ def token_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     stats: Sequence[str] = (),
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> Tensor | TokenStats:
     """log softmax(x)[target] of every row, x = cap(logit_scale * logits) / temperature.
@@ -165,7 +149,9 @@ def token_logps(
     logits [..., V] of any floating dtype and strides; targets [...] in [0, V) or `ignore_index`. Row t predicts
     targets[t]: shift beforehand. Returns [...] in fp32 (float64 for float64 logits), 0 where ignored; ignored rows are
     not read and get a gradient of 0. With `stats` (names of "entropy", "max_is_target", "mean_logit", "log_sum_sq")
-    returns `TokenStats`. dL/dlogits = g * (onehot - softmax), in the logits' dtype. ValueError names a bad argument.
+    returns `TokenStats`. dL/dlogits = g * (onehot - softmax), in the logits' dtype; with `inplace_backward` (Triton
+    only) it is written over the logits, whose values are lost, and a second backward raises. ValueError names a bad
+    argument.
     """
     check_float("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -173,10 +159,27 @@ def token_logps(
     check_shape("targets", targets, logits.shape[:-1], "one target a row of logits")
     targets = check_index("targets", targets, logits.shape[-1], allow=ignore_index)
     options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
-    call = LogpsCall(options, check_stats(stats), accumulation_dtype(logits.dtype))
-    resolve_backend(backend, logits.device)
-    logps, *found = _TokenLogps.apply(logits, targets.reshape(-1), call)
-    if not call.stats:
-        return logps.view(targets.shape)
-    named = {name: value.view(targets.shape) for name, value in zip(call.stats, found, strict=True)}
-    return TokenStats(logps.view(targets.shape), **named)
+    names = check_stats(stats)
+    chosen = resolve_backend(backend, logits.device, logits.dtype)
+    if inplace_backward:
+        check_inplace(logits, chosen)
+    mask = sum(1 << STATS.index(name) for name in set(names))
+    numbers = ignore_index, options.temperature, options.logit_scale, options.softcap or 0.0
+    logps, _, _, found = operators.token_logps(logits, targets.reshape(-1), *numbers, mask, inplace_backward, chosen)
+    logps = logps.view(targets.shape)
+    if not names:
+        return logps
+    rows = dict(zip((name for name in STATS if name in names), found.view(-1, *targets.shape), strict=True))
+    if "max_is_target" in rows:
+        rows["max_is_target"] = rows["max_is_target"] != 0
+    return TokenStats(logps, **rows)
+
+
+def check_inplace(logits: Tensor, backend: str) -> None:
+    """Refuses what a gradient written over the logits cannot serve."""
+    if backend != "triton":
+        raise ValueError("inplace_backward: needs the Triton backend, found the torch one")
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            "inplace_backward: expected logits that were computed, found a leaf, whose values would be lost"
+        )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import operators
 from .backends import resolve_backend
 from .common import accumulation_dtype, check_float, check_index, check_same_device, check_shape
 
@@ -75,7 +76,7 @@ class PairCall:
         """Refuses an unknown loss and any option that the loss does not use."""
         if loss not in LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, found {loss!r}")
-        if not (beta > 0 and math.isfinite(beta)):
+        if not 0 < beta < math.inf:
             raise ValueError(f"beta: expected a number above 0, found {beta}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, found {reduction!r}")
@@ -200,5 +201,10 @@ def pair_loss(
     check_same_device(policy_logps=policy_logps, ref_logps=ref_logps, chosen=chosen, rejected=rejected)
     chosen, rejected = check_pairs(chosen, rejected, pair_weights, policy_logps.numel())
     call = PairCall.check(loss, beta, reduction, label_smoothing=label_smoothing)
-    resolve_backend(backend, policy_logps.device)
+    if resolve_backend(backend, policy_logps.device, policy_logps.dtype, ref_logps.dtype) == "triton":
+        numbers = loss, beta, label_smoothing, reduction
+        total, losses, (won, lost), *_ = operators.pair_loss(
+            policy_logps, ref_logps, chosen, rejected, pair_weights, *numbers
+        )
+        return PairLoss(losses if reduction == "none" else total, won, lost)
     return PairLoss(*_PairLoss.apply(policy_logps, ref_logps, chosen, rejected, pair_weights, call))

@@ -59,18 +59,8 @@ class Batch:
             options, pair_call, ref_per_token=self.reference_per == "token", work=work,
         )  # fmt: skip
         upstream = self.upstream if pair_call.reduction == "none" else torch.ones(())
-        grad = fused_backward(
-            self.logits,
-            self.targets,
-            self.ids,
-            self.chosen,
-            self.rejected,
-            out,
-            upstream,
-            options,
-            pair_call,
-            **backward,
-        )
+        tensors = self.logits, self.targets, self.ids, self.chosen, self.rejected
+        grad = fused_backward(*tensors, out, upstream, self.completions, options, pair_call.reduction, **backward)
         return out, grad
 
 
@@ -83,8 +73,8 @@ def check(batch, options, reduction="mean", smoothing=0.0):
         torch.testing.assert_close(out.pairs.losses.double(), loss.detach(), rtol=1e-6, atol=1e-6)
     else:
         assert out.pairs.loss.item() == pytest.approx(loss.item(), rel=1e-6)
-    torch.testing.assert_close(out.pairs.chosen_rewards.double(), won, rtol=1e-6, atol=5e-6)
-    torch.testing.assert_close(out.pairs.rejected_rewards.double(), lost, rtol=1e-6, atol=5e-6)
+    torch.testing.assert_close(out.pairs.rewards[0].double(), won, rtol=1e-6, atol=5e-6)
+    torch.testing.assert_close(out.pairs.rewards[1].double(), lost, rtol=1e-6, atol=5e-6)
     rtol, atol = {torch.float32: (2e-6, 2e-7), torch.bfloat16: (2.0**-8, 1e-6), torch.float16: (2.0**-11, 1e-6)}[
         grad.dtype
     ]
@@ -137,8 +127,8 @@ def test_policy_equal_to_reference_gives_exactly_zero_rewards():
     logps = batch.run(LogitOptions(), call())[0].logps
     batch.ref = logps.clone()
     out, _ = batch.run(LogitOptions(), call())
-    assert not out.pairs.chosen_rewards.any()
-    assert not out.pairs.rejected_rewards.any()
+    assert not out.pairs.rewards[0].any()
+    assert not out.pairs.rewards[1].any()
 
 
 @pytest.mark.parametrize("length", [1, 7])
@@ -161,7 +151,7 @@ def test_padded_batch_equals_packed_rows(length):
         ref_per_token=True,
     )
     grad_padded = fused_backward(
-        logits, targets, None, batch.chosen, batch.rejected, padded, torch.ones(()), LogitOptions(), call()
+        logits, targets, None, batch.chosen, batch.rejected, padded, torch.ones(()), 5, LogitOptions(), "mean"
     )
     assert torch.equal(padded.pairs.loss, out.pairs.loss)
     assert torch.equal(grad_padded.view_as(grad), grad)
@@ -178,7 +168,7 @@ def test_shifted_padded_view():
     index = batch.chosen, batch.rejected
     with check_hints(), count_traffic():
         out = fused_forward(view, targets, None, batch.ref, *index, None, 4, LogitOptions(), call(), ref_per_token=True)
-        grad = fused_backward(view, targets, None, *index, out, torch.ones(()), LogitOptions(), call())
+        grad = fused_backward(view, targets, None, *index, out, torch.ones(()), 4, LogitOptions(), "mean")
     # Another alignment, another order of additions within a row.
     assert out.pairs.loss.item() == pytest.approx(expected.pairs.loss.item(), rel=1e-6)
     torch.testing.assert_close(grad.reshape(12, 129), expected_grad, rtol=1e-5, atol=1e-8)
@@ -202,7 +192,7 @@ def test_any_program_order_and_replay_are_bitwise_equal(reduction):
             out, grad = batch.run(LogitOptions(), call(reduction), work)
         assert not work.any()
         assert torch.equal(grad, expected[1])
-        for name in ("loss", "losses", "chosen_rewards", "rejected_rewards", "chosen_slopes", "rejected_slopes"):
+        for name in ("loss", "losses", "rewards", "slopes"):
             assert torch.equal(getattr(out.pairs, name), getattr(expected[0].pairs, name)), name
 
 
@@ -213,7 +203,7 @@ def test_infinite_and_enormous_log_probs_show_where_they_belong():
     batch.logits[0, 5] = -torch.inf
     batch.logits[2, 3] = torch.nan
     out, _ = batch.run(LogitOptions(), call("sum"))
-    assert out.pairs.chosen_rewards[0] == -torch.inf
+    assert out.pairs.rewards[0][0] == -torch.inf
     assert out.pairs.losses[0] == torch.inf
     assert out.pairs.losses[1].isnan()
     assert out.pairs.losses[2].isfinite()
@@ -245,17 +235,8 @@ def test_launches_and_bytes():
     # sums.
     assert moved <= rows * 64000 * 1.01 + 64 * 20 + 128 * 9 + 64 * 6
     with count_traffic() as traffic:
-        fused_backward(
-            batch.logits,
-            batch.targets,
-            batch.ids,
-            batch.chosen,
-            batch.rejected,
-            out,
-            torch.ones(()),
-            LogitOptions(),
-            call(),
-        )
+        tensors = batch.logits, batch.targets, batch.ids, batch.chosen, batch.rejected
+        fused_backward(*tensors, out, torch.ones(()), 6, LogitOptions(), "mean")
     assert traffic.launches == {"fused_backward_kernel": 1}
     moved = sum(traffic.loaded.values()) + sum(traffic.stored.values())
     assert moved <= (rows + 20) * 64000 * 1.01 + 64 * 20

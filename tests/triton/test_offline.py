@@ -78,7 +78,7 @@ def compile_fused(
             logits, targets, ids, references, index, index, weights, 4, options, call,
             ref_per_token=ref == "token", work=work,
         )  # fmt: skip
-        fused_backward(logits, targets, ids, index, index, out, numbers[:3], options, call)
+        fused_backward(logits, targets, ids, index, index, out, numbers[:3], 4, options, reduction)
     return [machine_code(kernel) for kernel in compiled]
 
 
@@ -93,7 +93,7 @@ def compile_finishers(target):
             for weights in (None, numbers):
                 pair_forward(values, values, index, index, weights, call, work=work)
             ranking_forward(values, values, rankings, 0.1, reduction, 4, work=work)
-        pair_backward(numbers, numbers, numbers, index, index, 4, work=work)
+        pair_backward(numbers.expand(2, 3), numbers, index, index, 4, work=work)
         ranking_backward(torch.zeros(3, 4), numbers, rankings, 4, work=work)
     return [machine_code(kernel) for kernel in compiled]
 

@@ -62,8 +62,7 @@ def test_pairs(completions, pairs, smoothing, weighted, reduction):
     assert sum(traffic.launches.values()) == 1
     if reduction == "none":
         expected.backward(upstream.double())
-        slopes = found.chosen_slopes, found.rejected_slopes
-        grad = pair_backward(*slopes, upstream, chosen, rejected, completions, work=work)
+        grad = pair_backward(found.slopes, upstream, chosen, rejected, completions, work=work)
         torch.testing.assert_close(found.losses.double(), expected.detach(), rtol=1e-6, atol=1e-12)
     else:
         expected.backward()
@@ -71,8 +70,8 @@ def test_pairs(completions, pairs, smoothing, weighted, reduction):
         assert found.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert truth.grad is not None
     torch.testing.assert_close(grad.double(), truth.grad, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(found.chosen_rewards.double(), won, rtol=1e-6, atol=1e-30)
-    torch.testing.assert_close(found.rejected_rewards.double(), lost, rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(found.rewards[0].double(), won, rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(found.rewards[1].double(), lost, rtol=1e-6, atol=1e-30)
     assert not work.any()
 
 
@@ -83,15 +82,15 @@ def test_golden_pair():
     p = 1.0 / (1.0 + math.exp(1.5))
     assert found.loss.item() == pytest.approx(math.log1p(math.exp(-1.5)), rel=1e-7)
     assert found.grad.tolist() == pytest.approx([-0.5 * p, 0.5 * p], rel=1e-7)
-    assert (found.chosen_rewards.item(), found.rejected_rewards.item()) == (1.0, -0.5)
+    assert (found.rewards[0].item(), found.rewards[1].item()) == (1.0, -0.5)
 
 
 def test_equal_models_give_exactly_ln_two_and_no_reward():
     policy, _, chosen, rejected, _, _ = make(6, 9)
     found = pair_forward(policy, policy.clone(), chosen, rejected, None, call())
     assert found.loss.item() == pytest.approx(math.log(2.0), rel=1e-7)
-    assert not found.chosen_rewards.any()
-    assert not found.rejected_rewards.any()
+    assert not found.rewards[0].any()
+    assert not found.rewards[1].any()
 
 
 @pytest.mark.parametrize("margin", [-1e4, -100.0, -1e-8, 1e-8, 20.0, 100.0, 1e4])

@@ -164,8 +164,8 @@ def fused_forward(
     logits, rows = _rows.rows_of(logits)
     pairs, vocabulary, device = chosen.numel(), logits.shape[-1], logits.device
     targets, ids, length = _index(targets, completion_ids)
-    row_outputs = torch.empty(3, rows.count, dtype=torch.float32, device=device)
-    out = FusedOutputs(*row_outputs.unbind(), PairOutputs.allocate(pairs, completions, device))
+    row_outputs = [torch.empty(rows.count, dtype=torch.float32, device=device) for _ in range(3)]
+    out = FusedOutputs(*row_outputs, PairOutputs.allocate(logits, pairs, completions, call.reduction))
     work = fixed.workspace(device, completions) if work is None else work
     launch = fused_launch(logits.dtype, vocabulary, device)
     shape, inside, cap, outside = shaping(options)
@@ -173,32 +173,30 @@ def fused_forward(
     fused_forward_kernel[(max(rows.count, 1),)](
         logits, targets, ids, out.logps if ref is None else ref.contiguous(), out.logps, out.row_max, out.row_inv_sum,
         work, chosen.contiguous(), rejected.contiguous(), out.logps if weights is None else weights.contiguous(),
-        *out.pairs.all, rows.count, vocabulary, _rows.phase_of(logits), *rows.strides, length, options.ignore_index,
-        inside, cap, outside, outside * LOG2_E, pairs, completions, fixed_bits(pairs), call.beta,
+        *out.pairs.arguments, rows.count, vocabulary, _rows.phase_of(logits), *rows.strides, length,
+        options.ignore_index, inside, cap, outside, outside * LOG2_E, pairs, completions, fixed_bits(pairs), call.beta,
         dict(call.options).get("label_smoothing", 0.0), reduction_factor(call, pairs),
         VEC=launch.vec, LANES=launch.lanes, UNROLL=launch.unroll, PEEL=_rows.is_peeled(logits, rows), SHAPE=shape,
         PADDED=completion_ids is None, LOSS=LOSS_IDS[call.loss], REFERENCE=kind.value, WEIGHTED=weights is not None,
-        REDUCED=call.reduction != "none", num_warps=launch.warps,
+        REDUCED=call.reduction != "none", num_warps=launch.warps, **_rows.registers(device),
     )  # fmt: skip
     return out
 
 
 def fused_backward(
     logits: torch.Tensor, targets: torch.Tensor, completion_ids: torch.Tensor | None, chosen: torch.Tensor,
-    rejected: torch.Tensor, out: FusedOutputs, upstream: torch.Tensor, options: LogitOptions, call: PairCall,
-    *, in_place: bool = False,
+    rejected: torch.Tensor, out: FusedOutputs, upstream: torch.Tensor, completions: int, options: LogitOptions,
+    reduction: str, *, in_place: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """dL/dlogits [..., V] from upstream = dL/dloss, fp32: a scalar, or [T] for unreduced losses (one launch more)."""
     source, rows = _rows.rows_of(logits)
     if in_place and source is not logits:
         raise ValueError("logits: an in-place gradient needs unit stride along the vocabulary, at most two row strides")
-    grad = source if in_place else _rows.empty_in_phase(source)
+    grad = source if in_place else _rows.empty_in_phase(source, _rows.phase_of(source))
     _, grad_rows = _rows.rows_of(grad)
-    completions = out.pairs.grad.numel()
     completion_grad, scaled = out.pairs.grad, True
-    if call.reduction == "none":
-        slopes = out.pairs.chosen_slopes, out.pairs.rejected_slopes
-        completion_grad, scaled = pair_backward(*slopes, upstream, chosen, rejected, completions), False
+    if reduction == "none":
+        completion_grad, scaled = pair_backward(out.pairs.slopes, upstream, chosen, rejected, completions), False
     targets, ids, length = _index(targets, completion_ids)
     launch = _rows.launch_for(source.dtype, source.shape[-1], source.device)
     shape, inside, cap, outside = shaping(options)

@@ -260,18 +260,18 @@ def logps_forward(
     """
     logits, rows = _rows.rows_of(logits)
     vocabulary = logits.shape[-1]
-    outputs = torch.empty(3, rows.count, dtype=torch.float32, device=logits.device)
+    outputs = [torch.empty(rows.count, dtype=torch.float32, device=logits.device) for _ in range(3)]
     statistics = torch.empty(stats.bit_count(), rows.count, dtype=torch.float32, device=logits.device)
     launch = _rows.launch_for(logits.dtype, vocabulary, logits.device)
     shape, inside, cap, outside = shaping(options)
     if rows.count:
         logps_forward_kernel[(rows.count,)](
-            logits, targets.contiguous(), *outputs.unbind(), statistics, rows.count, vocabulary,
+            logits, targets.contiguous(), *outputs, statistics, rows.count, vocabulary,
             _rows.phase_of(logits), *rows.strides, options.ignore_index, inside, cap, outside, outside * LOG2_E,
             VEC=launch.vec, LANES=launch.lanes, UNROLL=launch.unroll, PEEL=_rows.is_peeled(logits, rows),
             SHAPE=shape, STATS=stats, num_warps=launch.warps,
         )  # fmt: skip
-    logps, row_max, row_inv_sum = outputs.unbind()
+    logps, row_max, row_inv_sum = outputs
     return logps, row_max, row_inv_sum, statistics
 
 
@@ -285,7 +285,7 @@ def logps_backward(
         raise ValueError(
             "logits: an in-place gradient needs unit stride along the vocabulary and at most two row strides"
         )
-    grad = source if in_place else _rows.empty_in_phase(source)
+    grad = source if in_place else _rows.empty_in_phase(source, _rows.phase_of(source))
     _, grad_rows = _rows.rows_of(grad)
     vocabulary = source.shape[-1]
     launch = _rows.launch_for(source.dtype, vocabulary, source.device)

@@ -93,30 +93,32 @@ def pair_backward_kernel(
 
 @dataclass(frozen=True)
 class PairOutputs:
-    """fp32. loss: scalar; losses, rewards and slopes [T]; grad [C] is dloss/dpolicy, filled unless the reduction is
-    "none".
-    """
+    """fp32, no two in one storage."""
 
     loss: torch.Tensor
+    """Scalar."""
     losses: torch.Tensor
-    chosen_rewards: torch.Tensor
-    rejected_rewards: torch.Tensor
-    chosen_slopes: torch.Tensor
-    rejected_slopes: torch.Tensor
+    """[T]"""
+    rewards: torch.Tensor
+    """[2, T]: chosen, rejected."""
+    slopes: torch.Tensor
+    """[2, T]: dloss/ddelta of a pair's chosen and rejected completion."""
     grad: torch.Tensor
+    """[C] dloss/dpolicy; [0] for unreduced losses."""
 
     @classmethod
-    def allocate(cls, pairs: int, completions: int, device: torch.device) -> "PairOutputs":
-        flat = torch.empty(1 + 5 * pairs + completions, dtype=torch.float32, device=device)
-        loss, *parts, grad = flat.split([1, *[pairs] * 5, completions])
-        return cls(loss.view(()), *parts, grad)
+    def allocate(cls, like: torch.Tensor, pairs: int, completions: int, reduction: str) -> "PairOutputs":
+        shapes = ((), (pairs,), (2, pairs), (2, pairs), (0 if reduction == "none" else completions,))
+        return cls(*(like.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
     @property
-    def all(self) -> tuple[torch.Tensor, ...]:
-        return (
-            self.loss, self.losses, self.chosen_rewards, self.rejected_rewards, self.chosen_slopes,
-            self.rejected_slopes, self.grad,
-        )  # fmt: skip
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.loss, self.losses, self.rewards, self.slopes, self.grad
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        """As the kernels take them."""
+        return self.loss, self.losses, *self.rewards, *self.slopes, self.grad
 
 
 def fixed_bits(pairs: int) -> int:
@@ -138,11 +140,11 @@ def pair_forward(
 ) -> PairOutputs:  # fmt: skip
     """policy, ref [C] of any floating dtypes, chosen, rejected [T] int64, weights [T] or None -> `PairOutputs`."""
     pairs, completions, device = chosen.numel(), policy.numel(), policy.device
-    out = PairOutputs.allocate(pairs, completions, device)
+    out = PairOutputs.allocate(policy, pairs, completions, call.reduction)
     work = fixed.workspace(device, completions) if work is None else work
     pair_forward_kernel[(1,)](
         policy.contiguous(), ref.contiguous(), work, chosen.contiguous(), rejected.contiguous(),
-        out.losses if weights is None else weights.contiguous(), *out.all, pairs, completions, fixed_bits(pairs),
+        out.losses if weights is None else weights.contiguous(), *out.arguments, pairs, completions, fixed_bits(pairs),
         call.beta, dict(call.options).get("label_smoothing", 0.0), reduction_factor(call, pairs),
         LOSS=LOSS_IDS[call.loss], WEIGHTED=weights is not None, REDUCED=call.reduction != "none", BLOCK=THREADS,
         num_warps=pair_warps(device),
@@ -151,14 +153,14 @@ def pair_forward(
 
 
 def pair_backward(
-    won_slopes: torch.Tensor, lost_slopes: torch.Tensor, upstream: torch.Tensor, chosen: torch.Tensor,
-    rejected: torch.Tensor, completions: int, *, work: torch.Tensor | None = None,
+    slopes: torch.Tensor, upstream: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, completions: int,
+    *, work: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """dL/dpolicy [C] fp32 from dL/dlosses [T] fp32."""
+    """dL/dpolicy [C] fp32 from slopes [2, T] and dL/dlosses [T] fp32."""
     grad = torch.empty(completions, dtype=torch.float32, device=upstream.device)
     work = fixed.workspace(upstream.device, completions) if work is None else work
     pair_backward_kernel[(1,)](
-        won_slopes, lost_slopes, upstream.contiguous(), chosen.contiguous(), rejected.contiguous(), grad, work,
-        chosen.numel(), completions, fixed_bits(chosen.numel()), BLOCK=THREADS, num_warps=pair_warps(upstream.device),
+        *slopes, upstream.contiguous(), chosen.contiguous(), rejected.contiguous(), grad, work, chosen.numel(),
+        completions, fixed_bits(chosen.numel()), BLOCK=THREADS, num_warps=pair_warps(upstream.device),
     )  # fmt: skip
     return grad

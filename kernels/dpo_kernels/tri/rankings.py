@@ -82,13 +82,26 @@ def ranking_backward_kernel(
 
 @dataclass(frozen=True)
 class RankingOutputs:
-    """fp32. loss: scalar; losses [R]; rewards and slopes [R, K], 0 where padded; grad [C], filled unless unreduced."""
+    """fp32, no two in one storage. loss: scalar; losses [R]; rewards and slopes [R, K], 0 where padded; grad [C] is
+    dloss/dpolicy, [0] for unreduced losses.
+    """
 
     loss: torch.Tensor
     losses: torch.Tensor
     rewards: torch.Tensor
     slopes: torch.Tensor
     grad: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, like: torch.Tensor, rankings: int, places: int, completions: int, reduction: str
+    ) -> "RankingOutputs":
+        shapes = ((), (rankings,), (rankings, places), (rankings, places), (0 if reduction == "none" else completions,))
+        return cls(*(like.new_empty(shape, dtype=torch.float32) for shape in shapes))
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.loss, self.losses, self.rewards, self.slopes, self.grad
 
 
 def ranking_forward(
@@ -97,16 +110,14 @@ def ranking_forward(
 ) -> RankingOutputs:  # fmt: skip
     """policy, ref [C], rankings [R, K] int64 (best first, padded with -1); only the first `top` places are choices."""
     (count, places), completions, device = rankings.shape, policy.numel(), policy.device
-    flat = torch.empty(1 + count + 2 * count * places + completions, dtype=torch.float32, device=device)
-    loss, losses, rewards, slopes, grad = flat.split([1, count, count * places, count * places, completions])
-    out = RankingOutputs(loss.view(()), losses, rewards.view(count, places), slopes.view(count, places), grad)
+    out = RankingOutputs.allocate(policy, count, places, completions, reduction)
     scratch = torch.empty(count, places, dtype=torch.float64, device=device)
     work = fixed.workspace(device, completions) if work is None else work
     factor = 1.0 / max(count, 1) if reduction == "mean" else 1.0
     ranking_forward_kernel[(1,)](
-        policy.contiguous(), ref.contiguous(), work, rankings.contiguous(), scratch, out.loss, out.losses, out.rewards,
-        out.slopes, out.grad, count, places, completions, top, fixed_bits(count * places), beta, factor,
-        REDUCED=reduction != "none", BLOCK=THREADS, num_warps=pair_warps(device),
+        policy.contiguous(), ref.contiguous(), work, rankings.contiguous(), scratch, *out.tensors, count, places,
+        completions, top, fixed_bits(count * places), beta, factor, REDUCED=reduction != "none", BLOCK=THREADS,
+        num_warps=pair_warps(device),
     )  # fmt: skip
     return out
 

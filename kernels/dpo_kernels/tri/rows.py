@@ -34,6 +34,14 @@ def warp_size(device: torch.device) -> int:
     return 64 if device.type == "cuda" and torch.version.hip else 32
 
 
+def registers(device: torch.device) -> dict[str, int]:
+    """Launch option of kernels whose row loop is followed by longer, colder code.
+
+    Left alone, ptxas chooses registers for the occupancy of the loop and spills the rest; 64 still leave 32 warps.
+    """
+    return {"maxnreg": 64} if warp_size(device) == 32 else {}
+
+
 def launch_for(dtype: torch.dtype, vocabulary: int, device: torch.device) -> Launch:
     """The launch parameters of the row kernels: a fixed rule on (dtype, V, device), no run-time tuning.
 
@@ -93,7 +101,7 @@ def rows_of(logits: torch.Tensor) -> tuple[torch.Tensor, Rows]:
     return logits, Rows(count, max(inner, 1), outer_stride, inner_stride)
 
 
-def empty_in_phase(logits: torch.Tensor) -> torch.Tensor:
+def empty_in_phase(logits: torch.Tensor, phase: int) -> torch.Tensor:
     """An uninitialised tensor of the logits' shape whose rows have the same addresses modulo 16 bytes.
 
     Contiguous whenever the logits are contiguous and start on a 16-byte boundary. The gradient is written with the
@@ -105,7 +113,6 @@ def empty_in_phase(logits: torch.Tensor) -> torch.Tensor:
         step = extent + (stride - extent) % vec if size != 1 else extent
         strides.append(step)
         extent = step * size
-    phase = phase_of(logits)
     flat = logits.new_empty(extent + phase)
     return flat.as_strided(logits.shape, tuple(reversed(strides)), phase)
 
