@@ -74,7 +74,7 @@ def test_files(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) ->
 
 def test_row_numbers_are_lines_of_a_jsonl_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('\ufeff{"a": 1}\n\n{"a": "x\\u2028y"}\r\n{"a": "\u2028"}', encoding="utf-8")
+    path.write_text('\ufeff{"a": 1}\n\n{"a": "x\\u2028y"}\r\n{"a":\r"\u2028"}', encoding="utf-8", newline="")
     expected = [(1, {"a": 1}), (3, {"a": "x\u2028y"}), (4, {"a": "\u2028"})]
     assert list(read_rows(path).numbered()) == expected
     assert [len(batch) for batch in read_rows(path).batches(2)] == [2, 1]

@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer
 
 from dpo.data import load_preferences
 from dpo.errors import UserError
-from dpo.tokenize import Codec
+from dpo.tokenize import Codec, _boundaries
 from tests.data import tiny
 
 PIECES = [
@@ -182,6 +182,13 @@ def test_loaded_groups_keep_every_promise(
 def test_common_prefix_is_cut_where_no_token_is_split(make: Any, a: str, b: str, prompt: str) -> None:
     (cut,) = codec(make()).cut_points([(a, b)])
     assert a[:cut] == b[:cut] == prompt
+
+
+def test_no_boundary_where_a_token_reaches_into_a_character() -> None:
+    # "a" with the first byte of "é" in one token, the second byte in the next, then "b".
+    assert _boundaries([(0, 2), (1, 2), (2, 3)], 3).tolist() == [0, 2]
+    assert _boundaries([(0, 1), (1, 3), (3, 4)], 2).tolist() == [0, 1]
+    assert _boundaries([], 3).tolist() == []
 
 
 @settings(deadline=None, max_examples=150)
