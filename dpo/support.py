@@ -71,9 +71,6 @@ def _bidirectional(model: PreTrainedModel, config: Any) -> str | None:
 
 
 def _unpackable(model: PreTrainedModel, config: Any) -> Iterator[str]:
-    layers = set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS
-    if layers:
-        yield f"{' and '.join(sorted(layers))} layers"
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         yield "ALiBi position biases"
     for path, module in model.named_modules():
@@ -83,6 +80,9 @@ def _unpackable(model: PreTrainedModel, config: Any) -> Iterator[str]:
             yield f"attention sinks ({type(module).__name__} in {path})"
         if "relative_attention_bias" in dict(module.named_children()):
             yield f"relative position biases ({type(module).__name__} in {path})"
+    layers = set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS
+    if layers:
+        yield f"{' and '.join(sorted(layers))} layers"
     if not model._supports_attention_backend:
         yield "attention that does not go through Transformers' attention interface"
 

@@ -23,6 +23,8 @@ from tests.packing.helpers import (
     wide_softmax,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
+
 
 def checkpointed(model, on: bool) -> None:
     if on:
