@@ -61,9 +61,12 @@ def unique_sentences(rows: Sequence[Mapping[str, object]], label: int) -> list[s
     return list(dict.fromkeys(text for text in texts if text))
 
 
-def build_pairs(fixtures: Mapping[str, Sequence[Mapping[str, object]]]) -> Iterator[dict[str, str]]:
+def build_pairs(
+    fixtures: Mapping[str, Sequence[Mapping[str, object]]], *, held_out: int = HELD_OUT
+) -> Iterator[dict[str, str]]:
     """Pair each domain's positive sentences with its negative ones, every sentence used at most once.
 
+    fixtures: rows of `text` and `class` (1 positive, 0 negative) by domain. held_out: pairs of each domain to hold out.
     Held-out pairs are drawn among those neither of whose sentences has a near-duplicate (`normalised`) anywhere else:
     no held-out sentence can be seen in training.
     """
@@ -75,9 +78,9 @@ def build_pairs(fixtures: Mapping[str, Sequence[Mapping[str, object]]]) -> Itera
         random_order.shuffle(negative)
         pairs = list(zip(positive, negative, strict=False))
         unambiguous = [i for i, pair in enumerate(pairs) if all(copies[normalised(text)] == 1 for text in pair)]
-        held_out = set(random_order.sample(unambiguous, HELD_OUT))
+        drawn = set(random_order.sample(unambiguous, held_out))
         for i, (chosen, rejected) in enumerate(pairs):
-            split = "held-out" if i in held_out else "train"
+            split = "held-out" if i in drawn else "train"
             yield {"prompt": PROMPTS[domain], "chosen": f" {chosen}", "rejected": f" {rejected}", "split": split}
 
 
