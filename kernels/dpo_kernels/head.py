@@ -42,6 +42,7 @@ class HeadCall:
     """Of the GEMMs."""
     wide: torch.dtype
     """Of log-probs, tiles' arithmetic and accumulation: float32 or float64."""
+    backend: str = "torch"
 
     @property
     def in_place(self) -> bool:
@@ -271,7 +272,14 @@ class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: HeadCall):
         with torch.autocast(hidden.device.type, enabled=False):
-            logps, found, kept = head_forward(hidden.to(call.compute), weight, bias, targets, call)
+            compute = hidden.to(call.compute)
+            if call.backend == "triton":
+                from . import tri
+
+                tile = call.plan, call.options, call.stats
+                logps, found, kept = tri.head_forward(compute, weight, bias, targets, *tile)
+            else:
+                logps, found, kept = head_forward(compute, weight, bias, targets, call)
         ctx.call, ctx.kept = call, kept
         ctx.save_for_backward(hidden, weight, bias, targets, logps)
         stats = tuple(found[name] for name in call.stats)
@@ -286,7 +294,12 @@ class _LinearTokenLogps(torch.autograd.Function):
         grad = grad_outputs[0].to(call.wide)
         with torch.autocast(hidden.device.type, enabled=False):
             compute = hidden.to(call.compute)
-            found = head_backward(compute, weight, bias, targets, logps, grad, ctx.kept, needs, call)
+            if call.backend == "triton":
+                from . import tri
+
+                found = tri.head_backward(compute, weight, bias, grad, ctx.kept, needs, call.plan)
+            else:
+                found = head_backward(compute, weight, bias, targets, logps, grad, ctx.kept, needs, call)
         grad_hidden = found[0].to(hidden.dtype) if found[0] is not None else None
         return grad_hidden, found[1], found[2], None, None
 
@@ -367,14 +380,19 @@ def linear_token_logps(
     names a bad argument.
     """
     targets = _check(hidden, weight, bias, targets, ignore_index)
-    resolve_backend(backend, hidden.device)
-    kept = (targets != ignore_index).nonzero().squeeze(1)
-    rows, labels, total = hidden, targets, targets.numel()
-    if kept.numel() < total:
-        rows, labels = hidden.index_select(0, kept), targets[kept]
+    compute = _compute_dtype(hidden, weight)
+    dtypes = (
+        (hidden.dtype, weight.dtype, compute) if bias is None else (hidden.dtype, weight.dtype, bias.dtype, compute)
+    )
+    chosen_backend = resolve_backend(backend, hidden.device, *dtypes)
+    triton = chosen_backend == "triton"
+    rows, labels, total, kept = hidden, targets, targets.numel(), None
+    if not triton:
+        kept = (targets != ignore_index).nonzero().squeeze(1)
+        if kept.numel() < total:
+            rows, labels = hidden.index_select(0, kept), targets[kept]
     grad = torch.is_grad_enabled()
     head_grad = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    compute = _compute_dtype(hidden, weight)
     chosen = choose_plan(
         rows.shape[0],
         weight.shape[0],
@@ -384,12 +402,14 @@ def linear_token_logps(
         workspace_bytes,
         plan=plan,
         hidden_requires_grad=grad and hidden.requires_grad,
-        weight_grad_dtype=weight.dtype if grad and weight.requires_grad else None,
-        device=hidden.device.type,
+        weight_grad_dtype=weight.dtype if grad and weight.requires_grad and not triton else None,
+        kept_dtype=torch.float32 if triton else None,
+        device="cuda" if triton else hidden.device.type,
     )
     options = LogitOptions(ignore_index, temperature, logit_scale, softcap)
-    call = HeadCall(options, chosen, check_stats(stats), compute, accumulation_dtype(hidden.dtype, weight.dtype))
+    wide = accumulation_dtype(hidden.dtype, weight.dtype)
+    call = HeadCall(options, chosen, check_stats(stats), compute, wide, chosen_backend)
     logps, *found = _LinearTokenLogps.apply(rows, weight, bias, labels, call)
-    if kept.numel() < total:
+    if kept is not None and kept.numel() < total:
         logps, *found = (part.new_zeros(total).index_copy(0, kept, part) for part in (logps, *found))
     return TokenStats(logps, **dict(zip(call.stats, found, strict=True))) if call.stats else logps

@@ -23,6 +23,11 @@ TILE_ROWS = 512
 TILE_ELEMENTS = 1 << 20
 """Of one tile: 4 MB of fp32, which the cores' L2 and a share of L3 hold, and long enough for the GEMM's full rate."""
 
+GPU_TILE = (4096, 1 << 22)
+"""Rows and elements of a tile on a GPU: 16 MB of fp32 beside its 8 MB gradient stay in 50 MB of L2, and one wave of
+blocks.
+"""
+
 RATES = {
     ("cpu", torch.float32): (8e10, 2e10),
     ("cpu", torch.float64): (4e10, 2e10),
@@ -81,11 +86,12 @@ class Plan:
         return c * self.vocab_tiles + k
 
 
-def tile_shape(rows: int, vocabulary: int) -> tuple[int, int]:
+def tile_shape(rows: int, vocabulary: int, device: str = "cpu") -> tuple[int, int]:
     """(row chunk, vocabulary tile), the same for every plan: a row's log-prob never depends on the plan."""
-    chunks = max(1, -(-rows // TILE_ROWS))
+    most_rows, elements = GPU_TILE if device == "cuda" else (TILE_ROWS, TILE_ELEMENTS)
+    chunks = max(1, -(-rows // most_rows))
     row_chunk = max(1, -(-rows // chunks))
-    tiles = max(1, round(vocabulary * row_chunk / TILE_ELEMENTS))
+    tiles = max(1, round(vocabulary * row_chunk / elements))
     width = max(1, -(-vocabulary // tiles))
     return row_chunk, width if tiles == 1 else -(-width // 16) * 16
 
@@ -107,6 +113,7 @@ def choose_plan(
     plan: str = "auto",
     hidden_requires_grad: bool = True,
     weight_grad_dtype: torch.dtype | None = None,
+    kept_dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> Plan:
     """The plan for N rows, V, H with GEMMs in `dtype`; "auto" takes the cheapest by the cost model.
@@ -114,8 +121,8 @@ def choose_plan(
     `workspace_bytes` bounds what is kept between forward and backward (retained tiles, or the frozen plan's [N, H]). A
     forced "retain" keeps as many tiles as fit; a forced "frozen" is refused where the head (weight or bias) needs a
     gradient, or [N, H] does not fit. `weight_grad_dtype`, where the weight has a gradient, says that its memory is
-    allocated in the forward already and holds kept tiles until it is written: they cost no workspace. ValueError names
-    the argument.
+    allocated in the forward already and holds kept tiles until it is written: they cost no workspace. `kept_dtype` is
+    that of kept tiles (the GEMMs' where None). ValueError names the argument.
     """
     if plan not in PLANS:
         raise ValueError(f"plan: expected one of {', '.join(PLANS)}, found {plan!r}")
@@ -124,7 +131,7 @@ def choose_plan(
     if workspace_bytes < 0:
         raise ValueError(f"workspace_bytes: expected 0 or more, found {workspace_bytes}")
     rate, bandwidth = RATES.get((device, dtype), RATES[("cuda", torch.bfloat16)])
-    row_chunk, vocab_tile = tile_shape(rows, vocabulary)
+    row_chunk, vocab_tile = tile_shape(rows, vocabulary, device)
     tile = row_chunk * vocab_tile
     wide = 8 if dtype == torch.float64 else 4
     columns = -(-vocabulary // vocab_tile)
@@ -145,7 +152,7 @@ def choose_plan(
         return layout("score", 0, 0, 1.0, 0.0)
     backward = float(weight_requires_grad) + float(hidden_requires_grad)
     tiles = max(1, -(-rows // row_chunk) * columns)
-    each = tile * dtype.itemsize + row_chunk * wide
+    each = tile * (kept_dtype or dtype).itemsize + row_chunk * wide
     lent = 0
     if weight_grad_dtype is not None:
         chunks = lent_chunks(row_chunk, vocab_tile, hidden, dtype, weight_grad_dtype)

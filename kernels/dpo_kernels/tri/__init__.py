@@ -4,6 +4,7 @@ Launchers take plain tensors and launch; operators, autograd and checks of argum
 """
 
 from .fused import FusedOutputs, fused_backward, fused_forward
+from .head import head_backward, head_forward
 from .logits import logps_backward, logps_forward
 from .pairs import PairOutputs, pair_backward, pair_forward
 from .probe import interpreter_problem
@@ -17,6 +18,8 @@ __all__ = [
     "empty_in_phase",
     "fused_backward",
     "fused_forward",
+    "head_backward",
+    "head_forward",
     "interpreter_problem",
     "logps_backward",
     "logps_forward",

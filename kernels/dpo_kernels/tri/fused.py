@@ -121,7 +121,7 @@ def fused_backward_kernel(
         inv_sum = tl.load(row_inv_sum + row)
         write_row_gradient(
             logits, start, grad_logits, grad_start, phase, V, target, m, inv_sum, g, inside, cap, base2,
-            VEC, LANES, UNROLL, PEEL, SHAPE,
+            VEC, LANES, UNROLL, PEEL, SHAPE, False,
         )  # fmt: skip
     else:
         write_row_zeros(grad_logits, grad_start, phase, V, VEC, LANES, UNROLL, PEEL)

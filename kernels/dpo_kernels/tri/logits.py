@@ -177,8 +177,10 @@ def logps_forward_kernel(
 
 
 @triton.jit
-def logit_gradient(x, cols, target, m, inv_sum, g, inside, cap, base2, SHAPE: tl.constexpr):
-    """g * (onehot - p) * dz/dx; g already holds the factor outside the cap (and the scale inside it)."""
+def logit_gradient(x, cols, target, m, inv_sum, g, inside, cap, base2, SHAPE: tl.constexpr, DROP: tl.constexpr):
+    """g * (onehot - p) * dz/dx; g already holds the factor outside the cap (and the scale inside it). DROP: 0 at the
+    target.
+    """
     score = x.to(tl.float32)
     if SHAPE == NEGATED:
         score = -score
@@ -186,13 +188,15 @@ def logit_gradient(x, cols, target, m, inv_sum, g, inside, cap, base2, SHAPE: tl
         t = tanh(score * inside)
         score = cap * t
         g = g * (1.0 - t * t)
-    return (tl.where(cols == target, 1.0, 0.0) - tl.exp2((score - m) * base2) * inv_sum) * g
+    p = tl.exp2((score - m) * base2) * inv_sum
+    return tl.where(cols == target, 0.0, -p) * g if DROP else (tl.where(cols == target, 1.0, 0.0) - p) * g
 
 
 @triton.jit
 def write_row_gradient(
     logits, start, grad_logits, grad_start, phase, V, target, m, inv_sum, g, inside, cap, base2,
     VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PEEL: tl.constexpr, SHAPE: tl.constexpr,
+    DROP: tl.constexpr,
 ):  # fmt: skip
     """One row of dL/dlogits; it may lie over the logits' row, and must begin at the same address modulo 16."""
     body_ptr, head, body = split_row(logits, start, phase, V, VEC, PEEL)
@@ -204,12 +208,12 @@ def write_row_gradient(
     for first in range(0, body, LANES * UNROLL * VEC):
         cols = first + block
         x = tl.load(body_ptr + cols, mask=cols < body, other=0.0)
-        dx = logit_gradient(x, cols, in_body, m, inv_sum, g, inside, cap, base2, SHAPE)
+        dx = logit_gradient(x, cols, in_body, m, inv_sum, g, inside, cap, base2, SHAPE, DROP)
         tl.store(grad_body_ptr + cols, dx.to(out_type), mask=cols < body)
     if PEEL:
         edge, valid = peeled_columns(head, body, V, VEC, LANES)
         x_edge = tl.load(logits + start + edge, mask=valid, other=0.0)
-        dx_edge = logit_gradient(x_edge, edge, target, m, inv_sum, g, inside, cap, base2, SHAPE)
+        dx_edge = logit_gradient(x_edge, edge, target, m, inv_sum, g, inside, cap, base2, SHAPE, DROP)
         tl.store(grad_logits + grad_start + edge, dx_edge.to(out_type), mask=valid)
 
 
@@ -246,7 +250,7 @@ def logps_backward_kernel(
         inv_sum = tl.load(row_inv_sum + row)
         write_row_gradient(
             logits, start, grad_logits, grad_start, phase, V, target, m, inv_sum, g, inside, cap, base2,
-            VEC, LANES, UNROLL, PEEL, SHAPE,
+            VEC, LANES, UNROLL, PEEL, SHAPE, False,
         )  # fmt: skip
     else:
         write_row_zeros(grad_logits, grad_start, phase, V, VEC, LANES, UNROLL, PEEL)
