@@ -11,6 +11,7 @@ from dpo_kernels.tri.fused import fused_backward, fused_forward
 from dpo_kernels.tri.logits import logps_backward, logps_forward
 from dpo_kernels.tri.pairs import pair_backward, pair_forward
 from dpo_kernels.tri.rankings import ranking_backward, ranking_forward
+from dpo_kernels.tri.tiles import TileState, fold_tile, tile_gradient
 
 from tests.harness.offline import SHARED_LIMIT, TARGETS, compiling, machine_code
 
@@ -174,3 +175,34 @@ def test_every_fused_configuration(target, dtype, vocabulary, options):
     assert_streams_well(codes["fused_backward_kernel"], vocabulary)
     assert_ticket_is_released_and_acquired(codes["fused_forward_kernel"])
     assert all(code.stack == 0 for code in codes.values())
+
+
+def compile_tiles(target, compute, width, *, softcap=None, stats=0):
+    """Machine code of the LM head's fold, unit-gradient and gradient kernels."""
+    tile = torch.empty(4, -(-width // 16) * 16)[:, :width]
+    out = torch.empty(4, -(-width // 16) * 16, dtype=compute)[:, :width]
+    state, numbers = TileState.start(torch.zeros(4, dtype=torch.long), LogitOptions(softcap=softcap)), torch.zeros(4)
+    with pytest.MonkeyPatch.context() as patch, compiling(target) as compiled:
+        patch.setattr(rows, "warp_size", lambda device: TARGETS[target].warp_size)
+        fold_tile(tile, state, 0, stats)
+        tile_gradient(tile, out, state, 0, None, None)
+        tile_gradient(tile, out, state, 0, numbers, numbers)
+    return [machine_code(kernel) for kernel in compiled]
+
+
+@pytest.mark.parametrize("target", SOME_TARGETS)
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+def test_tile_kernels(target, compute):
+    for width in (1024, 1003):
+        for code in compile_tiles(target, compute, width):
+            assert_streams_well(code, width)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("compute", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{"softcap": 30.0}, {"stats": 15}, {"softcap": 30.0, "stats": 15}], ids=str)
+def test_every_tile_configuration(target, compute, options):
+    for width in (300, 1024, 4096, 32000):
+        for code in compile_tiles(target, compute, width, **options):
+            assert_streams_well(code, width)
