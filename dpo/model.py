@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo.attention import ATTENTION
+from dpo.cpu import use_fast_products
 from dpo.load import eos_token_ids, load_model, load_tokenizer
 from dpo.packing import Layout, PackedBatch
 from dpo.support import refuse_lengths, refuse_unsupported
@@ -66,6 +67,7 @@ def prepare(model: PreTrainedModel, layout: Layout) -> None:
     Raises UserError naming what the model has and the flag to use instead. May be called again with another layout.
     """
     refuse_unsupported(model, layout)
+    use_fast_products(model)
     model.config.use_cache = False
     if layout == "padded":
         model.set_attn_implementation(_stock_name(model))

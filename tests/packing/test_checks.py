@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -92,6 +94,18 @@ def test_catches_what_is_not_a_number():
     torch.nn.init.constant_(head.weight, float("nan"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="nan"):
         check_sharing(model, make_groups((2, 2)))
+
+
+def test_an_endless_noise_allows_nothing(monkeypatch):
+    right = dpo.checks.shared_logps
+
+    def broken_when_padded(model, batch):
+        result = right(model, batch)
+        return replace(result, token_logps=result.token_logps / (0 if batch.layout == "padded" else 1))
+
+    monkeypatch.setattr(dpo.checks, "shared_logps", broken_when_padded)
+    with pytest.raises(UserError, match="more than inf allowed"):
+        check_sharing(make_model("llama", torch.float32), make_groups((2, 2)))
 
 
 def test_names_padded_when_sharing_is_already_off(monkeypatch):
