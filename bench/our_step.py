@@ -8,12 +8,14 @@ from typing import Any
 
 from bench.workload import Pair, StepSettings
 from dpo.config import TrainConfig
+from dpo.cpu import keep_freed_memory
+from dpo.cpu import keep_freed_memory
 from dpo.engine import forward_backward
 from dpo.inputs import objective_of, plan_of
 from dpo.model import prepare
 from dpo.optim import apply_update, build_optimizer, set_lr
 from dpo.packing import Group, Layout
-from dpo.reference import OnlineReference
+from dpo.reference import OnlineReference, freeze, freeze
 from dpo.steps import build_step
 
 
@@ -51,10 +53,12 @@ class OurSide:
         self.name = layout
         self.config = train_config(settings, layout)
         self.objective, self.plan = objective_of(self.config), plan_of(self.config)
-        self.model = settings.model.build()
-        reference = settings.model.build().requires_grad_(False).eval()
+        keep_freed_memory()
+        self.model, reference = settings.model.build(), settings.model.build()
         for model in (self.model, reference):
             prepare(model, layout)
+        freeze(reference, self.objective)
+        reference.eval()
         self.model.train()
         self.reference = OnlineReference(reference, self.objective)
         self.optimizer = build_optimizer(self.config.optimizer, list(self.model.parameters()), lr=self.config.lr)

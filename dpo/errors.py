@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """One line that names the file, row, field or flag, what was expected and what was found. The CLI prints it and exits with 2."""
+    """One line: the file, row, field or flag, what was expected, what was found. The CLI prints it and exits with 2."""

@@ -11,6 +11,7 @@ import torch
 
 from dpo.config import ScoreConfig
 from dpo.console import Bar, say, table
+from dpo.cpu import keep_freed_memory
 from dpo.errors import UserError
 from dpo.inputs import check_first_bin, load_data, load_network, load_policy, objective_of, plan_of
 from dpo.packing import Group
@@ -28,6 +29,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     Raises:
         UserError: a model or the data cannot be used, or --output exists.
     """
+    keep_freed_memory()
     output = Path(config.output) if config.output else None
     if output is not None and output.exists() and not config.overwrite:
         raise UserError(f"--output {output}: expected a new file (or --overwrite), found one that exists")

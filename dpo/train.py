@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from dpo.checkpoint import find_run, load_state, save_checkpoint, save_model, start_run
 from dpo.config import TrainConfig
 from dpo.console import Bar, say, table
+from dpo.cpu import keep_freed_memory
 from dpo.curves import draw_curves
 from dpo.engine import evaluate, forward_backward
 from dpo.errors import UserError
@@ -29,7 +30,7 @@ from dpo.inputs import (
 )
 from dpo.loss import Objective, RefLogps
 from dpo.optim import apply_update, build_optimizer, set_lr, warmup_then_constant
-from dpo.reference import CachedReference, OnlineReference
+from dpo.reference import CachedReference, OnlineReference, freeze
 from dpo.runlog import NotFinite, RunLog
 from dpo.steps import StepBatch, StepDataset, eval_steps
 
@@ -49,6 +50,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         UserError: something in the configuration, the data or the model cannot work; nothing was written over.
     """
+    keep_freed_memory()
     checkpoint = find_run(config)
     torch.manual_seed(config.seed)
     policy = load_policy(config, str(checkpoint / "model") if checkpoint else None, dropout=config.dropout)
@@ -136,7 +138,7 @@ def _references(
         model = load_network(config, config.reference_model or config.model, flag="--reference-model")
         if model.get_output_embeddings().weight.shape[0] != policy.model.get_output_embeddings().weight.shape[0]:
             raise UserError("--reference-model: expected the policy's vocabulary, found one of another size")
-        model.requires_grad_(False)
+        freeze(model, objective)
     model.eval()
     if config.reference == "online":
         online = OnlineReference(model, objective)

@@ -26,6 +26,7 @@ from .common import (
     check_stats,
 )
 from .plans import ALIGN, Plan, choose_plan
+from .products import product_nt, takes_onednn
 from .tiles import RowState, TileTargets, cap_derivative, fold_tile, gradient_tile, shape_tile
 
 CONTIGUOUS = torch.contiguous_format
@@ -75,6 +76,8 @@ class Buffers:
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """[n, v] raw logits of a tile."""
+        if takes_onednn(hidden, weight):
+            return product_nt(hidden, weight)
         return torch.mm(hidden, weight.t(), out=self.get("logits", (hidden.shape[0], weight.shape[0]), hidden.dtype))
 
     def rounded(self, tile: Tensor) -> Tensor:
@@ -87,6 +90,9 @@ class Buffers:
         """out += a @ b (out = a @ b if `first`); a product of lower precision than `out` is rounded once before."""
         if out.dtype != a.dtype:
             product = torch.mm(a, b, out=self.get("product", out.shape, a.dtype))
+            out.copy_(product) if first else out.add_(product)
+        elif takes_onednn(a, b) and a.is_contiguous():  # it would copy a transposed tile, for little gain
+            product = product_nt(a, b.t())
             out.copy_(product) if first else out.add_(product)
         elif first:
             torch.mm(a, b, out=out)
@@ -169,9 +175,11 @@ def head_forward(
             h = hidden[n0:n1]
             if kept.loan is not None and plan.tile_index(k, c) < plan.lent:
                 slot = kept.loan.slot(k, c, (n1 - n0, v1 - v0), hidden.shape[1], call.compute)
-                z = torch.mm(h, w.t(), out=slot)
+                z = slot.copy_(product_nt(h, w)) if takes_onednn(h, w) else torch.mm(h, w.t(), out=slot)
+            elif takes_onednn(h, w) or not keep:
+                z = buffers.logits(h, w)
             else:
-                z = torch.mm(h, w.t()) if keep else buffers.logits(h, w)
+                z = torch.mm(h, w.t())
             x = _shaped(z, b, buffers, keep)
             derivative = cap_derivative(x, call.options) if kept.unit is not None else None
             rows, where = state.rows(n0, n1), TileTargets.locate(targets[n0:n1], v0, v1 - v0)
@@ -186,6 +194,7 @@ def head_forward(
                 if k > 0:
                     unit.mul_(rescale.unsqueeze(1))
                 buffers.add_product(unit, buffers.rounded(x), w, first=k == 0)
+            del x, z  # or the next tile would stand beside this one
     kept.inverse = state.inverse_total()
     logps = state.logps()
     if kept.unit is not None:
@@ -261,6 +270,7 @@ def head_backward(
                 buffers.add_product(grad_hidden[n0:n1], tile, w, first=k == 0)
             if grad_w is not None:
                 buffers.add_product(grad_w, tile.t(), h, first=c == 0)
+            del x, z, tile, found
         if grad_weight is not None and grad_w is not None and grad_w.data_ptr() != grad_weight[v0:v1].data_ptr():
             grad_weight[v0:v1].copy_(grad_w)
     if grad_bias is not None and bias is not None:
