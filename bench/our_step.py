@@ -9,13 +9,12 @@ from typing import Any
 from bench.workload import Pair, StepSettings
 from dpo.config import TrainConfig
 from dpo.cpu import keep_freed_memory
-from dpo.cpu import keep_freed_memory
 from dpo.engine import forward_backward
 from dpo.inputs import objective_of, plan_of
 from dpo.model import prepare
 from dpo.optim import apply_update, build_optimizer, set_lr
 from dpo.packing import Group, Layout
-from dpo.reference import OnlineReference, freeze, freeze
+from dpo.reference import OnlineReference, freeze
 from dpo.steps import build_step
 
 

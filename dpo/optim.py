@@ -49,7 +49,7 @@ class RMSprop(Optimizer):
         for (device, _), held in by_kind.items():
             grads = [p.grad for p in held if p.grad is not None]
             forever = torch.full((), torch.inf, device=device)
-            torch._fused_adam_(
+            torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
                 held,
                 grads,
                 grads,
