@@ -3,7 +3,8 @@
 The row's layout travels as `segments=` of `model(...)`. A segment's queries attend to its prefix rows and to its own
 rows, causally; sliding windows and soft-capping are what the layer asks for. Two backends share the layout:
 - CPU: one fused attention call a segment, inside one autograd function (below: why);
-- CUDA: one variable-length call over all segments, prefix keys gathered (`dpo.varlen`).
+- CUDA: one variable-length call over all segments, prefix keys gathered (`dpo.varlen`); in fp32, which those kernels
+  lack, plain attention segment by segment.
 
 No mask function is registered for the name: Transformers then builds no mask at all (and does not search position ids
 for packed sequences, which would wait for the device).
@@ -53,14 +54,7 @@ def segment_attention(
     segments.cache["calls"] = segments.cache.get("calls", 0) + 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda:
-        from dpo.varlen import default_varlen, varlen_segments
-
-        if torch.is_autocast_enabled("cuda"):
-            dtype = torch.get_autocast_dtype("cuda")
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        return varlen_segments(
-            query, key, value, segments, default_varlen(softcap), scale, sliding_window, softcap
-        ), None
+        return _cuda_segments(query, key, value, segments, scale, sliding_window, softcap), None
     # the CPU's bf16 flash backward takes 3.5 times as long as its fp32 one (and under autocast rotary leaves q and k in
     # fp32 anyway)
     wide = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
@@ -71,6 +65,26 @@ def segment_attention(
     else:
         out = flash_segments(query, key, value, segments, scale, sliding_window)
     return out.to(narrow), None
+
+
+def _cuda_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The variable-length kernels, which compute in half precision; fp32 and float64 take the plain path, exactly."""
+    from dpo.varlen import default_varlen, varlen_segments
+
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return eager_segments(query, key, value, segments, scale, window, softcap)
+    return varlen_segments(query, key, value, segments, default_varlen(softcap), scale, window, softcap)
 
 
 def _check_call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -23,6 +24,8 @@ _CONFIGS = {"train": TrainConfig, "score": ScoreConfig}
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `dpo` and exits: 0 on success, 2 for what the user can mend, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # data workers fork after the tokenizer has run threads, and never tokenise: its warning about that is moot
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if words == ["--version"]:
         print(f"fused-dpo {__version__}")
         return

@@ -13,6 +13,8 @@ import yaml
 from dpo.errors import UserError
 
 Layout = Literal["shared", "packed", "padded"]
+"""shared: [prompt | y_1 | ... | y_K]; packed: the prompt repeated before every completion, no padding; padded: one a
+row, padded right."""
 
 
 def _require(condition: bool, flag: str, expected: str, found: object) -> None:

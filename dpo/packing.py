@@ -14,18 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpo.config import Layout
 from dpo.errors import UserError
 from dpo.segments import Segments, ranges
-
-Layout = Literal["shared", "packed", "padded"]
-"""shared: [prompt | y_1 | ... | y_K]; packed: the prompt repeated before every completion, no padding; padded: one a
-row, padded right."""
 
 
 @dataclass(frozen=True, slots=True)

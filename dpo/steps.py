@@ -44,6 +44,10 @@ class Bin:
         batch = self.batch.to(device, non_blocking=True)
         return Bin(batch, self.members, self.completions.to(device, non_blocking=True))
 
+    def pin_memory(self) -> Bin:
+        """The same bin in page-locked memory."""
+        return Bin(self.batch.pin_memory(), self.members, self.completions.pin_memory())
+
 
 @dataclass(frozen=True)
 class Coupled:
@@ -62,6 +66,11 @@ class Coupled:
         """The same comparisons and bins on `device`."""
         moved = (t.to(device, non_blocking=True) for t in (self.chosen, self.rejected, self.pair_weights))
         return Coupled(tuple(b.to(device) for b in self.bins), *moved, num_completions=self.num_completions)
+
+    def pin_memory(self) -> Coupled:
+        """The same comparisons and bins in page-locked memory."""
+        pinned = (t.pin_memory() for t in (self.chosen, self.rejected, self.pair_weights))
+        return Coupled(tuple(b.pin_memory() for b in self.bins), *pinned, num_completions=self.num_completions)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,11 @@ class StepBatch:
         """The same step on `device`."""
         coupled = self.coupled.to(device) if self.coupled else None
         return replace(self, bins=tuple(b.to(device) for b in self.bins), coupled=coupled)
+
+    def pin_memory(self) -> StepBatch:
+        """The same step in page-locked memory (called by torch's DataLoader)."""
+        coupled = self.coupled.pin_memory() if self.coupled else None
+        return replace(self, bins=tuple(b.pin_memory() for b in self.bins), coupled=coupled)
 
     @property
     def all_bins(self) -> tuple[Bin, ...]:
