@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,10 @@ lint: $(VENV)/.dev  ## ruff and basedpyright
 
 bench: $(VENV)/.peers  ## step time and memory beside TRL, the padded mode and the floor
 	$(BIN)/python -m pytest -q -s bench/bench_step.py --benchmark-only
+
+gpu-check: $(VENV)/.dev  ## on a GPU: correctness, then speed, into bench/results/gpu.json
+	$(BIN)/python -m pytest -q -m gpu tests
+	$(BIN)/python -m bench.gpu_check --output bench/results/gpu.json
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
