@@ -21,6 +21,8 @@ from dpo.data import PreferenceData, load_preferences
 from dpo.demo.model import END, build_model, train_tokenizer, warm_up
 from dpo.demo.samples import WordJudge
 from dpo.metrics import read_json_lines
+from dpo.model import shared_logps
+from dpo.packing import pack
 
 
 def test_judge_by_hand():
@@ -62,9 +64,13 @@ def test_tokenizer_gives_back_its_texts_and_ends_them_once():
 def test_warm_up_learns_and_repeats():
     tokenizer, data = tokenised(demo_run.load_pairs()["train"][:48])
     groups = list(data)
-    first, second = (warm_up(build_model(tokenizer, seed=3), groups, epochs=8, seed=3) for _ in range(2))
+    models = [build_model(tokenizer, seed=3) for _ in range(2)]
+    first, second = (warm_up(model, groups, epochs=8, seed=3) for model in models)
     assert first == second
-    assert first < math.log(len(tokenizer)) - 1
+    with torch.no_grad():
+        loss = -shared_logps(models[0], pack(groups)).token_logps.mean().item()
+    assert loss == pytest.approx(first, abs=0.2)
+    assert loss < math.log(len(tokenizer)) - 1
 
 
 @pytest.mark.parametrize("seed", [0, 7])
