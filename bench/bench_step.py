@@ -152,12 +152,14 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--steps", type=int, default=FULL.steps)
     parser.add_argument("--rounds", type=int, default=FULL.rounds)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu, one thread: for a busy machine")
     parser.add_argument("--note", default="", help="a sentence for the results, such as what else the machine did")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     effort = replace(FULL, steps=options.steps, rounds=options.rounds)
     for mix, dtype in CELLS if options.full else [(options.mix, options.dtype)]:
-        settings = StepSettings(dtype=dtype, optimizer=options.optimizer)
+        settings = StepSettings(dtype=dtype, optimizer=options.optimizer, threads=options.threads, clock=options.clock)
         if options.quick:
             settings = replace(settings, model=TINY_MODEL)
             found = measure(TINY_MIXES[mix], settings, QUICK, options.sides)

@@ -13,7 +13,6 @@ counts: torch's own (`mm`, the BLAS in it for fp32) or oneDNN. Not counted, so p
 embedding, norms, rotary, activations, softmax, casts, gradient clipping, the loss, packing, Python.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +30,7 @@ from dpo.steps import build_step
 
 OPTIMIZER_TENSORS = {"rmsprop": 5, "adamw": 7}
 REPEATS = 3
+Timer = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class FloorSide:
         with torch.no_grad():
             for batch in batches:
                 for name, count, product in self._products(batch):
-                    parts[name] = parts.get(name, 0.0) + count * product.seconds()
+                    parts[name] = parts.get(name, 0.0) + count * product.seconds(self.settings.timer)
                     operations += count * product.operations
         parts["optimizer traffic"] = self._optimizer_seconds()
         return Floor(parts, operations)
@@ -110,7 +110,7 @@ class FloorSide:
 
     def _optimizer_seconds(self) -> float:
         source, target = self._copy
-        seconds = _best(lambda: target.copy_(source))
+        seconds = _best(lambda: target.copy_(source), self.settings.timer)
         bandwidth = 2 * source.nbytes / seconds
         return self.parameters * 4 * OPTIMIZER_TENSORS[self.settings.optimizer] / bandwidth
 
@@ -142,19 +142,19 @@ class Product:
     def operations(self) -> float:
         return 2.0 * self.batch * self.rows * self.inner * self.columns
 
-    def seconds(self) -> float:
+    def seconds(self, timer: Timer) -> float:
         """The best of a few runs, of the routines that can do it."""
         a = self._operand(self.rows, self.inner, self.transposed == "both")
         b = self._operand(self.inner, self.columns, self.transposed == "")
         if self.batch > 1:
             out = torch.empty(self.batch, self.rows, self.columns, dtype=self.dtype)
-            return _best(lambda: torch.bmm(a, b, out=out))
+            return _best(lambda: torch.bmm(a, b, out=out), timer)
         out = torch.empty(self.rows, self.columns, dtype=self.dtype)
-        times = [_best(lambda: torch.mm(a, b, out=out))]
+        times = [_best(lambda: torch.mm(a, b, out=out), timer)]
         linear = onednn_linear()
         if linear is not None and self.dtype == torch.float32:
-            times.append(_best(lambda: linear(a, b.t())))
-            times.append(_best(lambda: linear(a.contiguous(), b.t().contiguous())))
+            times.append(_best(lambda: linear(a, b.t()), timer))
+            times.append(_best(lambda: linear(a.contiguous(), b.t().contiguous()), timer))
         return min(times)
 
     def _operand(self, rows: int, columns: int, transposed: bool) -> Tensor:
@@ -176,8 +176,8 @@ class Tiles:
     def operations(self) -> float:
         return self.whole.operations
 
-    def seconds(self) -> float:
-        return min(self.whole.seconds(), self.tiles * self.tile.seconds())
+    def seconds(self, timer: Timer) -> float:
+        return min(self.whole.seconds(timer), self.tiles * self.tile.seconds(timer))
 
 
 def _tiled(plan: Plan, rows: int, inner: int, columns: int, dtype: torch.dtype) -> Any:
@@ -196,11 +196,11 @@ def onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
     return lambda a, b: operator(a, b, None, "none", [], "")
 
 
-def _best(function: Callable[[], object], repeats: int = REPEATS) -> float:
+def _best(function: Callable[[], object], timer: Timer, repeats: int = REPEATS) -> float:
     function()
     best = float("inf")
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = timer()
         function()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, timer() - start)
     return best

@@ -79,11 +79,16 @@ def ratios(sides: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def save(cell: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Write one cell's JSON, then the table of all cells that the folder holds."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{cell['mix']}-{cell['settings']['dtype']}-{cell['settings']['optimizer']}.json"
+    path = folder / f"step-{cell['mix']}-{_kind(cell['settings'])}.json"
     path.write_text(json.dumps(cell, indent=1) + "\n")
     cells = [json.loads(found.read_text()) for found in sorted(folder.glob("step-*.json"))]
     (folder / "step.md").write_text("\n".join(_document(cells)) + "\n")
     return path
+
+
+def _kind(settings: Mapping[str, Any]) -> str:
+    clock = "" if settings["clock"] == "wall" else f"-{settings['clock']}-time"
+    return f"{settings['dtype']}-{settings['optimizer']}{clock}"
 
 
 def _document(cells: list[dict[str, Any]]) -> list[str]:
@@ -124,7 +129,8 @@ def _details(cell: Mapping[str, Any]) -> list[str]:
         f"## {cell['mix']}, {settings['dtype']}, {settings['optimizer']}",
         "",
         f"`{known['command']}`, commit {known['commit']}, {known['date']}, {known['cpu']},",
-        f"{settings['threads']} threads, Python {known['python']}, {versions}. Tokens a step: {_tokens(cell)}.",
+        f"{settings['threads']} threads, {settings['clock']} time, Python {known['python']}, {versions}.",
+        f"Tokens a step: {_tokens(cell)}.",
         *([cell["note"]] if cell.get("note") else []),
         "",
         "| ratio | measured | aim |",

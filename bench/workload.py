@@ -4,7 +4,8 @@ Shapes: T pairs a step, S tokens, V vocabulary, H hidden.
 """
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -104,10 +105,16 @@ class StepSettings:
     beta: float = 0.1
     grad_clip: float = 10.0
     threads: int = 2
+    clock: str = "wall"
+    """`wall`, or `cpu`: the process's seconds on its cores; with one thread it holds on a busy machine too."""
     data_seed: int = 1
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def timer(self) -> Callable[[], float]:
+        return time.process_time if self.clock == "cpu" else time.perf_counter
 
 
 SUMMARISE = LengthMix("summarise", 170, 0.45, 18, 0.4)
