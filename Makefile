@@ -32,7 +32,7 @@ test: $(VENV)/.dev  ## the quick tests
 	$(BIN)/python -m pytest -q
 
 test-slow: $(VENV)/.dev  ## the tests marked slow
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --durations 10
 
 lint: $(VENV)/.dev  ## ruff and basedpyright
 	$(BIN)/ruff check .
