@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from dpo_kernels.backends import triton_problem
 from transformers.utils import logging as transformers_logging
 
 from dpo.checks import check_sharing
@@ -16,7 +17,7 @@ from dpo.data import PreferenceData, load_preferences, split_off
 from dpo.errors import UserError
 from dpo.load import eos_token_ids, load_model, load_tokenizer
 from dpo.loss import Objective
-from dpo.model import prepare
+from dpo.model import head_of, prepare
 from dpo.steps import Preferences, StepPlan
 
 
@@ -52,11 +53,24 @@ def load_network(config: InputConfig, path: str, *, flag: str = "--model", dropo
     return model
 
 
+def check_kernels(config: InputConfig, model: Any) -> None:
+    """Refuses a kernel backend that cannot run on the device, and a plan that cannot train the model's LM head."""
+    device = resolve_device(config.device)
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    problem = triton_problem(device.type, (dtype,)) if config.kernel_backend == "triton" else None
+    if problem:
+        raise UserError(f"--kernel-backend triton: {problem}")
+    if config.head_plan == "frozen" and isinstance(config, TrainConfig) and head_of(model).trainable:
+        raise UserError("--head-plan frozen: expected a model whose LM head is frozen, found one that trains")
+
+
 def load_policy(config: InputConfig, path: str | None = None, *, dropout: bool = False) -> Policy:
     """The model at `path` (default: --model) with its tokenizer."""
     path = path or config.model
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
-    return Policy(load_network(config, path, dropout=dropout), tokenizer, resolve_device(config.device))
+    model = load_network(config, path, dropout=dropout)
+    check_kernels(config, model)
+    return Policy(model, tokenizer, resolve_device(config.device))
 
 
 def load_data(

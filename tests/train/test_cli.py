@@ -182,6 +182,8 @@ def test_flags_win_over_the_config_file(toy, tmp_path):
         (("--token-budget", "5"), "--token-budget 5"),
         (("--device", "toaster"), "--device: expected"),
         (("--resume", "--overwrite"), "--resume"),
+        (("--kernel-backend", "triton"), "--kernel-backend triton: "),
+        (("--head-plan", "frozen"), "--head-plan frozen: expected"),
         (("--no-such-flag",), "no-such-flag"),
         (("--lr", "fast"), "--lr"),
     ],
