@@ -100,6 +100,13 @@ class TestHardLogits:
         targets[:3] = logits[:3].argmax(-1)
         check(logits, targets, upstream)
 
+    def test_a_large_maximum_costs_nothing(self):
+        """Seven equal logits near 1e4: lp = -log 7, though an fp32 log-sum-exp there has steps of 1e-3."""
+        logits, targets = torch.full((2, 1000), -9999.0), torch.tensor([3, 900])
+        logits[:, 3:7] = logits[:, 898:901] = 9999.3
+        logps, _, _ = run(logits, targets, torch.ones(2))
+        torch.testing.assert_close(logps.double(), -torch.full((2,), 7.0).double().log(), rtol=2e-7, atol=0.0)
+
     def test_one_dominating_logit(self):
         logits, targets, upstream = make(4, 1000, torch.bfloat16)
         logits[:, 17] = 200.0

@@ -124,7 +124,7 @@ class TestPublicFunctions:
 
             def loss(p, r, backend=backend):
                 out = pair_loss(p, r, chosen, rejected, reduction=reduction, label_smoothing=0.1, backend=backend)
-                return (out.loss * torch.arange(1.0, out.loss.numel() + 1)).sum()
+                return (out.loss * torch.arange(2.5, out.loss.numel() + 2.5)).sum()
 
             found.append(gradient_of(loss, policy, ref))
         torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
@@ -139,7 +139,7 @@ class TestPublicFunctions:
 
             def loss(p, r, backend=backend):
                 out = ranking_loss(p, r, rankings, reduction=reduction, top_k=top_k, backend=backend)
-                return (out.loss * torch.arange(1.0, out.loss.numel() + 1)).sum()
+                return (out.loss * torch.arange(2.5, out.loss.numel() + 2.5)).sum()
 
             found.append(gradient_of(loss, policy, ref))
         torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
@@ -157,7 +157,7 @@ class TestPublicFunctions:
                 out = dpo_loss_from_logits(
                     x, targets, ids, ref, chosen, rejected, reduction=reduction, num_completions=4, backend=backend
                 )
-                return (out.loss * torch.arange(1.0, out.loss.numel() + 1)).sum()
+                return (out.loss * torch.arange(2.5, out.loss.numel() + 2.5)).sum()
 
             found.append(gradient_of(loss, logits))
         torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)

@@ -105,7 +105,9 @@ def test_extreme_margins(margin):
 def test_infinities_mark_only_their_own_completions():
     policy, ref = torch.tensor([1.0, -torch.inf, 2.0, torch.nan]), torch.zeros(4)
     chosen, rejected = torch.tensor([0, 2, 3]), torch.tensor([1, 0, 2])
-    found = pair_forward(policy, ref, chosen, rejected, None, call("sum"))
+    work = torch.zeros(fixed.workspace_size(4), dtype=torch.int64)
+    found = pair_forward(policy, ref, chosen, rejected, None, call("sum"), work=work)
+    assert not work.any()
     assert found.losses[0] == 0.0
     assert found.losses[1].isfinite()
     assert found.losses[2].isnan()
