@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: help demo test test-slow lint bench gpu-check clean
+.PHONY: help demo test test-slow test-matrix lint bench gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,8 +31,11 @@ demo: $(VENV)/.base  ## train a tiny model on real preferences, under a minute
 test: $(VENV)/.dev  ## the quick tests
 	$(BIN)/python -m pytest -q
 
-test-slow: $(VENV)/.dev  ## the tests marked slow
-	$(BIN)/python -m pytest -q -m slow --durations 10
+test-slow: $(VENV)/.dev  ## the tests marked slow, without the compile matrix
+	$(BIN)/python -m pytest -q -m slow -k "not every_" --durations 10
+
+test-matrix: $(VENV)/.dev  ## compile every kernel for every target and launch configuration (a quarter of an hour)
+	$(BIN)/python -m pytest -q -m slow -k "every_"
 
 lint: $(VENV)/.dev  ## ruff and basedpyright
 	$(BIN)/ruff check .
