@@ -74,8 +74,9 @@ def measure(
     finally:
         for worker in workers:
             worker.close()
-    drawn = mix.draw(effort.steps, settings.pairs_per_step, settings.model.vocabulary, settings.data_seed)
-    cell |= {"effort": asdict(effort), "tokens": describe(drawn), "sides": found, "note": note}
+    drawing = (settings.pairs_per_step, settings.model.vocabulary, settings.data_seed)
+    tokens = {"tokens": describe(mix.draw(effort.steps, *drawing)), "tokens_of_mix": describe(mix.population(*drawing))}
+    cell |= {"effort": asdict(effort), **tokens, "sides": found, "note": note}
     if profiled:
         cell |= {"profile": profiled[0], "ratios": report.ratios(found)}
     return cell | {"environment": report.environment(report.command_line())}

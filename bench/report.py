@@ -130,7 +130,7 @@ def _details(cell: Mapping[str, Any]) -> list[str]:
         "",
         f"`{known['command']}`, commit {known['commit']}, {known['date']}, {known['cpu']},",
         f"{settings['threads']} threads, {settings['clock']} time, Python {known['python']}, {versions}.",
-        f"Tokens a step: {_tokens(cell)}.",
+        f"Tokens a step: {_tokens(cell['tokens'])} (the whole mix: {_tokens(cell['tokens_of_mix'])}).",
         *([cell["note"]] if cell.get("note") else []),
         "",
         "| ratio | measured | aim |",
@@ -143,8 +143,8 @@ def _details(cell: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _tokens(cell: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.removesuffix('_tokens')} {count:.0f}" for name, count in cell["tokens"].items())
+def _tokens(counts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.removesuffix('_tokens')} {count:.0f}" for name, count in counts.items())
 
 
 def _aim(cell: Mapping[str, Any], name: str) -> str:

@@ -13,6 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 EOS = 2
+POPULATION = 512
+"""Steps drawn, of which the few that are measured must be typical."""
 FIRST_ORDINARY_TOKEN = 3
 
 
@@ -36,7 +38,22 @@ class LengthMix:
     completion_sigma: float
 
     def draw(self, steps: int, pairs_per_step: int, vocabulary: int, seed: int) -> list[list[Pair]]:
-        """`steps` steps of `pairs_per_step` pairs; the same seed gives the same tokens everywhere."""
+        """`steps` steps of `pairs_per_step` pairs that stand for the mix; a seed gives the same tokens everywhere.
+
+        A few steps of heavy-tailed lengths can lie far from the mix's means. So `population` is cut into blocks of
+        `steps`, and the block is taken whose mean token counts (padded, plain, shared, completion) are closest to the
+        means of the whole population, by the sum of squared logarithms of their ratios.
+        """
+        every = self.population(pairs_per_step, vocabulary, seed)
+        aim = describe(every)
+
+        def distance(block: Sequence[Sequence[Pair]]) -> float:
+            return sum(math.log(count / aim[name]) ** 2 for name, count in describe(block).items())
+
+        return min((every[i : i + steps] for i in range(0, len(every) - steps + 1, steps)), key=distance)
+
+    def population(self, pairs_per_step: int, vocabulary: int, seed: int) -> list[list[Pair]]:
+        """`POPULATION` steps of the mix."""
         generator = torch.Generator().manual_seed(seed)
 
         def length(median: float, sigma: float) -> int:
@@ -51,7 +68,7 @@ class LengthMix:
         def pair() -> Pair:
             return Pair(tokens(length(self.prompt_median, self.prompt_sigma)), completion(), completion())
 
-        return [[pair() for _ in range(pairs_per_step)] for _ in range(steps)]
+        return [[pair() for _ in range(pairs_per_step)] for _ in range(POPULATION)]
 
 
 @dataclass(frozen=True)
