@@ -109,7 +109,7 @@ def peers(problem: Problem) -> dict[str, Callable[[], Any]]:
 
     found: dict[str, Callable[[], Any]] = {"eager torch": lambda: step(eager)}
     try:
-        from cut_cross_entropy import linear_cross_entropy
+        from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
     except ImportError:
         return found
 

@@ -93,7 +93,7 @@ def logits_sides(compile_peer: bool) -> dict[str, Callable[[Tensor, Tensor], Ten
     if compile_peer:
         sides["torch.compile"] = torch.compile(eager_logps)
     try:
-        from trl.trainer.utils import selective_log_softmax
+        from trl.trainer.utils import selective_log_softmax  # pyright: ignore[reportMissingImports]
 
         sides["trl"] = selective_log_softmax
     except ImportError:
@@ -111,13 +111,13 @@ def head_sides(quick: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tens
     if quick:
         return sides
     try:
-        from cut_cross_entropy import linear_cross_entropy
+        from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
         sides["cut-cross-entropy"] = lambda h, w, t: -linear_cross_entropy(h, w, t, reduction="sum")
     except ImportError:
         pass
     try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
 
         sides["liger"] = lambda h, w, t: -LigerFusedLinearCrossEntropyLoss(reduction="sum")(w, h, t)
     except ImportError:
