@@ -155,12 +155,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=FULL.rounds)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu, one thread: for a busy machine")
+    parser.add_argument("--products", choices=("fastest", "torch"), default="fastest", help="routine of fp32 products")
     parser.add_argument("--note", default="", help="a sentence for the results, such as what else the machine did")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     effort = replace(FULL, steps=options.steps, rounds=options.rounds)
     for mix, dtype in CELLS if options.full else [(options.mix, options.dtype)]:
-        settings = StepSettings(dtype=dtype, optimizer=options.optimizer, threads=options.threads, clock=options.clock)
+        named = {name: getattr(options, name) for name in ("optimizer", "threads", "clock", "products")}
+        settings = StepSettings(dtype=dtype, **named)
         if options.quick:
             settings = replace(settings, model=TINY_MODEL)
             found = measure(TINY_MIXES[mix], settings, QUICK, options.sides)

@@ -13,6 +13,7 @@ counts: torch's own (`mm`, the BLAS in it for fp32) or oneDNN. Not counted, so p
 embedding, norms, rotary, activations, softmax, casts, gradient clipping, the loss, packing, Python.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -187,7 +188,9 @@ def _tiled(plan: Plan, rows: int, inner: int, columns: int, dtype: torch.dtype) 
 
 @lru_cache(1)
 def onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """a @ b.T through oneDNN in full precision, or None where this build of torch has no such operator."""
+    """a @ b.T through oneDNN in full precision; None where torch lacks it or its own choice is asked for."""
+    if os.environ.get("DPO_KERNELS_PRODUCTS") == "torch":
+        return None
     try:
         operator = torch.ops.mkldnn._linear_pointwise
         operator(torch.ones(2, 2), torch.ones(2, 2), None, "none", [], "")

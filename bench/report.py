@@ -88,7 +88,8 @@ def save(cell: Mapping[str, Any], folder: Path = RESULTS) -> Path:
 
 def _kind(settings: Mapping[str, Any]) -> str:
     clock = "" if settings["clock"] == "wall" else f"-{settings['clock']}-time"
-    return f"{settings['dtype']}-{settings['optimizer']}{clock}"
+    products = "" if settings.get("products", "fastest") == "fastest" else f"-{settings['products']}-products"
+    return f"{settings['dtype']}-{settings['optimizer']}{clock}{products}"
 
 
 def _document(cells: list[dict[str, Any]]) -> list[str]:
@@ -98,8 +99,9 @@ def _document(cells: list[dict[str, Any]]) -> list[str]:
         "Written by `python -m bench.bench_step`; what is compared and how is in `bench/README.md`. Seconds and pairs",
         "a second are the minimum over rounds of each step, averaged over the steps (in brackets: the median).",
         "",
-        "| lengths | dtype | optimizer | side | s a step | pairs/s | peak memory, MiB | before the steps, MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| lengths | dtype | optimizer | products | side | s a step | pairs/s | peak memory, MiB"
+        " | before the steps, MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         settings = cell["settings"]
@@ -111,6 +113,7 @@ def _document(cells: list[dict[str, Any]]) -> list[str]:
                 cell["mix"],
                 settings["dtype"],
                 settings["optimizer"],
+                settings.get("products", "fastest"),
                 name,
                 f"{side['minimum_seconds']:.3f} ({side['median_seconds']:.3f})",
                 f"{pairs:.2f} ({median_pairs:.2f})",
@@ -126,7 +129,7 @@ def _details(cell: Mapping[str, Any]) -> list[str]:
     settings, known = cell["settings"], cell["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in known["packages"].items())
     lines = [
-        f"## {cell['mix']}, {settings['dtype']}, {settings['optimizer']}",
+        f"## {cell['mix']}, {_kind(settings).replace('-', ', ')}",
         "",
         f"`{known['command']}`, commit {known['commit']}, {known['date']}, {known['cpu']},",
         f"{settings['threads']} threads, {settings['clock']} time, Python {known['python']}, {versions}.",

@@ -84,6 +84,8 @@ class Worker:
     def __init__(self, name: str, settings: StepSettings, mix: LengthMix, steps: int):
         spec = {"side": name, "mix": asdict(mix), "settings": settings.asdict(), "steps": steps}
         environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads), "TOKENIZERS_PARALLELISM": "false"}
+        if settings.products == "torch":
+            environment["DPO_KERNELS_PRODUCTS"] = "torch"
         self.name = name
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker", json.dumps(spec)],

@@ -124,6 +124,9 @@ class StepSettings:
     threads: int = 2
     clock: str = "wall"
     """`wall`, or `cpu`: the process's seconds on its cores; with one thread it holds on a busy machine too."""
+    products: str = "fastest"
+    """fp32 matrix products of our sides and of the floor: the `fastest` routine that torch carries, or `torch`'s own
+    choice, which TRL uses."""
     data_seed: int = 1
 
     def asdict(self) -> dict[str, Any]:

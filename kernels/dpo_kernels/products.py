@@ -4,6 +4,7 @@ Shapes: M rows, I and O input and output features.
 """
 
 import contextlib
+import os
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,12 @@ from torch import Tensor
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether fp32 products should go to oneDNN: torch sends them to MKL, at half the speed on AMD processors."""
+    """Whether fp32 products should go to oneDNN: torch sends them to MKL, at half the speed on AMD processors.
+
+    `DPO_KERNELS_PRODUCTS=torch` in the environment keeps torch's own choice.
+    """
+    if os.environ.get("DPO_KERNELS_PRODUCTS") == "torch":
+        return False
     with contextlib.suppress(OSError):
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dpo_kernels.products import onednn_is_faster
+from dpo_kernels.products import onednn_is_faster, takes_onednn
 from torch import nn
 
 from dpo.cpu import CpuLinear, keep_freed_memory, use_fast_products
@@ -70,3 +70,13 @@ def test_only_plain_linears_change_and_weights_stay():
 
 def test_memory_is_kept_without_complaint():
     keep_freed_memory()
+
+
+def test_torchs_own_choice_of_product_can_be_kept(monkeypatch: pytest.MonkeyPatch):
+    onednn_is_faster.cache_clear()
+    try:
+        monkeypatch.setenv("DPO_KERNELS_PRODUCTS", "torch")
+        assert not onednn_is_faster()
+        assert not takes_onednn(torch.ones(2, 2))
+    finally:
+        onednn_is_faster.cache_clear()
