@@ -93,8 +93,8 @@ def _subset(groups: Sequence[Group], max_tokens: int) -> list[Group]:
             left -= cost
     if not chosen:
         smallest = min(groups, key=lambda group: group_cost(group, "packed"))
-        chosen = [replace(smallest, completions=smallest.completions[:2], pairs=())]
-    return [replace(group, pairs=()) for group in chosen]
+        chosen = [replace(smallest, completions=smallest.completions[:2])]
+    return [replace(group, pairs=(), rankings=()) for group in chosen]
 
 
 def _plain_logps(model: PreTrainedModel, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:

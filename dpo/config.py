@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from dpo.comparisons import Comparisons, Kind
 from dpo.errors import UserError
 
 Layout = Literal["shared", "packed", "padded"]
@@ -38,6 +39,15 @@ class InputConfig:
     """Longer prompts lose tokens on the left. None: no limit."""
     max_completion_length: int | None = 1024
     """Longer completions lose tokens on the right, their end-of-sequence with them. None: no limit."""
+    comparisons: Kind = "all"
+    """Of several scored or ranked completions a prompt: all pairs, best-vs-worst, best-vs-rest, adjacent (neighbours by
+    score), random (one pair a prompt, the same in every epoch), or ranking (Plackett-Luce over all of them)."""
+    min_score_gap: float = 0.0
+    """Compare completions whose scores (or ranks) differ by this much or more; the rest is left out and counted."""
+    ranking_top_k: int | None = None
+    """With --comparisons ranking: only the first so many places are choices, the rest is worse. None: all places."""
+    merge_prompts: bool = True
+    """Rows of a file of pairs that have the same prompt become one group, which computes the prompt once."""
     max_bad_fraction: float = 0.05
     """Stop when more than this fraction of the rows cannot be used; the rest is dropped and reported."""
     beta: float = 0.1
@@ -69,7 +79,14 @@ class InputConfig:
             _require(value is None or value > 0, _flag(name), "a positive number or None", value)
         _require(self.token_budget > 0, "--token-budget", "a positive number of tokens", self.token_budget)
         _require(self.beta > 0, "--beta", "a positive number", self.beta)
+        _ = self.compared  # checks its flags
         _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction", "a fraction from 0 to 1", self.max_bad_fraction)
+
+    @property
+    def compared(self) -> Comparisons:
+        """What --comparisons and the flags beside it ask for."""
+        seed = getattr(self, "seed", 0)
+        return Comparisons(self.comparisons, self.min_score_gap, self.ranking_top_k, seed)
 
     @property
     def layout(self) -> Layout:
@@ -96,9 +113,9 @@ class TrainConfig(InputConfig):
     label_smoothing: float = 0.0
     """Probability that a preference is labelled the wrong way round (conservative DPO)."""
     reduction: Literal["pairs", "prompts"] = "pairs"
-    """What a step averages over: every pair alike, or every prompt alike whatever its number of pairs."""
+    """What a step averages over: every pair (or ranking) alike, or every prompt alike whatever its number of pairs."""
     pairs_per_step: int = 64
-    """Pairs in an optimizer step. A prompt's pairs stay together."""
+    """Pairs in an optimizer step (rankings, with --comparisons ranking). A prompt's pairs stay together."""
     groups_per_step: int | None = None
     """Prompts in an optimizer step, instead of --pairs-per-step."""
     epochs: int | None = None
@@ -154,6 +171,14 @@ class TrainConfig(InputConfig):
             value = getattr(self, name)
             _require(value is None or value >= 0, _flag(name), "zero or more", value)
         _require(0 <= self.label_smoothing < 0.5, "--label-smoothing", "0 <= value < 0.5", self.label_smoothing)
+        ranked = self.comparisons == "ranking"
+        _require(not ranked or self.loss == "sigmoid", "--loss", "the default beside --comparisons ranking", self.loss)
+        _require(
+            not (ranked and self.label_smoothing),
+            "--label-smoothing",
+            "0 with --comparisons ranking, which does not use it",
+            self.label_smoothing,
+        )
         _require(0 <= self.eval_fraction < 1, "--eval-fraction", "0 <= value < 1", self.eval_fraction)
         same = self.eval_data == self.data and self.eval_split == self.data_split
         _require(not same, "--eval-data", "other data or another --eval-split than --data", f"{self.eval_data} again")

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import blake2b
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from typing import Any, overload
 
 import datasets
@@ -20,9 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo.chat import BadRow, Chat
+from dpo.comparisons import Comparisons, NoComparison, choose_pairs, decided_pairs, rank
 from dpo.datareport import DataReport
 from dpo.errors import UserError
 from dpo.formats import Format, Record, prune, recognise
+from dpo.merge import merge_prompts, prompt_keys
 from dpo.packing import Group
 from dpo.readers import NumberedRow, Source, read_rows
 from dpo.spool import Spool
@@ -39,6 +40,9 @@ _SCHEMA = pa.schema(
         "completions": pa.list_(_IDS),
         "chosen": _IDS,
         "rejected": _IDS,
+        "pair_rows": pa.list_(pa.int64()),
+        "rankings": pa.list_(_IDS),
+        "sources": _IDS,
         "prompt_text": pa.string(),
         "completion_texts": pa.list_(pa.string()),
     }
@@ -55,6 +59,8 @@ def load_preferences(
     max_length: int | None = None,
     eos_token_ids: Sequence[int],
     max_bad_fraction: float = 0.05,
+    comparisons: Comparisons | None = None,
+    merge: int | None = None,
     name: str = "--data",
     chat_options: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -64,8 +70,10 @@ def load_preferences(
     source: a .jsonl, .json, .csv or .parquet file, a folder, a dataset id, a `datasets.Dataset` or a sequence of dicts;
     `split` as in `train[:90%]`. max_prompt_length, max_completion_length, max_length: limits in tokens for a prompt, a
     completion (end-of-sequence included), and both together. eos_token_ids: every id that ends a generation of the
-    model. max_bad_fraction: more unusable rows than this fraction is an error. name: the flag that error messages begin
-    with. chat_options: arguments for the chat template. progress: show the progress bars of `datasets`.
+    model. max_bad_fraction: more unusable rows than this fraction is an error. comparisons: of scored or ranked
+    completions (default: all pairs that differ). merge: where rows hold pairs, put those of one prompt into groups of
+    up to so many pairs (default: a group a row). name: the flag that error messages begin with. chat_options: arguments
+    for the chat template. progress: show the progress bars of `datasets`.
 
     Raises UserError (one line) for a source that cannot be read, an unknown format, or too many unusable rows.
     """
@@ -78,17 +86,25 @@ def load_preferences(
     first = next(batches, None)
     if first is None:
         raise UserError(f"{rows.label}: expected rows; found none")
-    form = recognise([row for _, row in islice(first, SNIFFED_ROWS)], label=rows.label, chat=chat)
+    comparisons = comparisons or Comparisons()
+    sniffed = [row for _, row in islice(first, SNIFFED_ROWS)]
+    form = recognise(sniffed, label=rows.label, chat=chat, comparisons=comparisons)
     limits = Limits(max_prompt_length, max_completion_length, max_length)
     report = DataReport(rows.label, form.name, limits)
     if chat.has_template and not form.conversational:
         report.notes.append("plain text: used as it is, without the tokenizer's chat template")
+    if comparisons.asks_for_scores and not form.scored:
+        report.notes.append("no scores or ranks: every pair is compared as it is")
     codec = Codec(tokenizer, eos_token_ids)
     with Spool(_SCHEMA) as spool:
         for batch in chain([first], batches):
-            spool.add(_groups(_tokenised(_records(batch, form, report), codec, report), codec, report))
+            tokenised = _tokenised(_records(batch, form, report), codec, report)
+            spool.add(_groups(tokenised, codec, report, comparisons))
         report.check(max_bad_fraction)
-        return PreferenceData(spool.finish(), report)
+        table = spool.finish()
+    if merge is not None and not form.scored:
+        table = merge_prompts(table, _SCHEMA, report, most_pairs=merge)
+    return PreferenceData(table, report, scored=form.scored)
 
 
 def _records(batch: Sequence[NumberedRow], form: Format, report: DataReport) -> Iterator[Record]:
@@ -102,6 +118,7 @@ def _records(batch: Sequence[NumberedRow], form: Format, report: DataReport) -> 
             report.drop(number, bad)
         else:
             report.ties += record.ties
+            report.close += record.close
             yield record
 
 
@@ -130,16 +147,18 @@ def _tokenised(records: Iterator[Record], codec: Codec, report: DataReport) -> I
 
 
 def _groups(
-    tokenised: Iterator[tuple[Record, Ids, list[Ids]]], codec: Codec, report: DataReport
+    tokenised: Iterator[tuple[Record, Ids, list[Ids]]], codec: Codec, report: DataReport, comparisons: Comparisons
 ) -> Iterator[dict[str, Any]]:
     for record, prompt, completions in tokenised:
         try:
-            yield _group(record, prompt, completions, codec, report)
+            yield _group(record, prompt, completions, codec, report, comparisons)
         except BadRow as bad:
             report.drop(record.row, bad)
 
 
-def _group(record: Record, prompt: Ids, completions: list[Ids], codec: Codec, report: DataReport) -> dict[str, Any]:
+def _group(
+    record: Record, prompt: Ids, completions: list[Ids], codec: Codec, report: DataReport, comparisons: Comparisons
+) -> dict[str, Any]:
     limits = report.limits
     cut = codec.cut_prompt(prompt, limits.prompt)
     if not cut:
@@ -150,6 +169,7 @@ def _group(record: Record, prompt: Ids, completions: list[Ids], codec: Codec, re
     limit = min((bound for bound in (limits.completion, room) if bound is not None), default=None)
     shortened = [ids[:limit] for ids in completions]
     report.pairs_dropped.update(prune(record, shortened, after=" once tokenised and truncated"))
+    rankings = _compare(record, shortened, comparisons, report)
     used = sorted({index for pair in record.pairs for index in pair})
     place = {old: new for new, old in enumerate(used)}
     report.truncated_prompts += len(cut) < len(prompt)
@@ -161,9 +181,35 @@ def _group(record: Record, prompt: Ids, completions: list[Ids], codec: Codec, re
         "completions": [shortened[i] for i in used],
         "chosen": [place[chosen] for chosen, _ in record.pairs],
         "rejected": [place[rejected] for _, rejected in record.pairs],
+        "pair_rows": [record.row] * len(record.pairs),
+        "rankings": [[place[index] for index in order] for order in rankings],
+        "sources": used,
         "prompt_text": record.prompt,
         "completion_texts": [record.completions[i] for i in used],
     }
+
+
+def _compare(record: Record, same: Sequence[Ids], comparisons: Comparisons, report: DataReport) -> list[list[int]]:
+    """Leaves the pairs of a scored record that are asked for; returns its rankings, if those are."""
+    if record.scores is None:
+        return []
+    record.pairs = choose_pairs(record.pairs, record.scores, comparisons, record.row)
+    if comparisons.kind != "ranking":
+        return []
+    compared = sorted({index for pair in record.pairs for index in pair})
+    # of identical completions the first keeps its place: a ranking of a text below itself says nothing
+    first = {tuple(same[index]): index for index in reversed(compared)}
+    kept = sorted(first.values())
+    pairs = [pair for pair in record.pairs if set(pair) <= set(kept)]
+    if not pairs:
+        raise NoComparison("all scores tie once identical completions are left out")
+    orders = rank(kept, record.scores, comparisons.top_k)
+    record.pairs = decided_pairs(pairs, orders, comparisons.top_k)
+    if len(compared) > len(kept):
+        report.pairs_dropped["identical completions in a ranking"] += len(compared) - len(kept)
+    report.rankings += 1
+    report.tied_rankings += len(orders) > 1
+    return orders
 
 
 class PreferenceData(Sequence[Group]):
@@ -174,13 +220,21 @@ class PreferenceData(Sequence[Group]):
     source, from 1.
     """
 
-    def __init__(self, table: datasets.Dataset, report: DataReport, indices: np.ndarray | None = None):
-        self.report = report
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        report: DataReport,
+        indices: np.ndarray | None = None,
+        *,
+        scored: bool = False,
+    ):
+        self.report, self.scored = report, scored
         self._table = table
         self._indices = np.arange(len(table)) if indices is None else np.asarray(indices, dtype=np.int64)
         columns = table.data
         self._prompt_lengths = _list_lengths(columns.column("prompt"))
         self._pair_counts = _list_lengths(columns.column("chosen"))
+        self._ranked = _list_lengths(columns.column("rankings")) > 0
         counts = _list_lengths(columns.column("completions"))
         self._completion_lengths = _list_lengths(pc.call_function("list_flatten", [columns.column("completions")]))
         self._completion_starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -195,9 +249,15 @@ class PreferenceData(Sequence[Group]):
     def __getitem__(self, index: int | slice) -> Group | PreferenceData:
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
-        row = self._row(index, ("row", "prompt", "completions", "chosen", "rejected"))
+        row = self._row(index, ("row", "prompt", "completions", "chosen", "rejected", "rankings"))
         pairs = list(zip(row["chosen"], row["rejected"], strict=True))
-        return Group(row["prompt"], row["completions"], pairs, row["row"])
+        return Group(row["prompt"], row["completions"], pairs, row["row"], row["rankings"])
+
+    def sources(self, index: int) -> tuple[list[int], list[int]]:
+        """The row number of each pair of a group (they differ where rows were merged), and of each completion its place
+        among those of the row."""
+        row = self._row(index, ("pair_rows", "sources"))
+        return row["pair_rows"], row["sources"]
 
     def texts(self, index: int) -> dict[str, Any]:
         """{"prompt": str, "completions": [str, ..]}: whole texts as given or rendered, before truncation, without
@@ -212,7 +272,9 @@ class PreferenceData(Sequence[Group]):
         return int(self._prompt_lengths[at]), self._completion_lengths[start:stop].tolist()
 
     def num_pairs(self, index: int) -> int:
-        return int(self._pair_counts[self._at(index)])
+        """Pairs of a group as a step counts them: a ranking is one comparison."""
+        at = self._at(index)
+        return 1 if self._ranked[at] else int(self._pair_counts[at])
 
     @property
     def total_pairs(self) -> int:
@@ -226,10 +288,7 @@ class PreferenceData(Sequence[Group]):
 
     def _prompt_keys(self) -> list[bytes]:
         """A digest of each group's prompt tokens."""
-        keys: list[bytes] = []
-        for chunk in self._table.data.column("prompt").chunks:
-            offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy()
-            keys += [blake2b(values[a:b].tobytes(), digest_size=16).digest() for a, b in pairwise(offsets)]
+        keys = prompt_keys(self._table)
         return [keys[at] for at in self._indices]
 
     def _at(self, index: int) -> int:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from dpo.chat import BadRow
+from dpo.comparisons import NoComparison
 from dpo.errors import UserError
 from dpo.tokenize import Limits
 
@@ -14,9 +15,11 @@ FIRST_ROWS = 5
 
 @dataclass
 class Dropped:
-    """Rows dropped for one reason: how many, the first row numbers, and what was found in the first."""
+    """Rows dropped for one reason: how many, whether they are bad data (else they only compare nothing), the first row
+    numbers, and what was found in the first."""
 
     count: int = 0
+    bad: bool = True
     first_rows: list[int] = field(default_factory=list)
     detail: str = ""
 
@@ -31,8 +34,11 @@ class DataReport:
     """Counts of one `load_preferences`.
 
     source: how messages name it. format: the format recognised. rows: read. groups, pairs, completions: kept. dropped:
-    rows by reason. pairs_dropped: pairs of kept rows, by reason. ties: pairs of equal score. cut_at_eos: completions
-    that had text after an end-of-sequence. longest_prompt, longest_completion: tokens, after truncation.
+    rows by reason. pairs_dropped: pairs of kept rows, by reason. ties, close: comparisons left out for equal scores,
+    and for scores closer than the minimum gap. rankings: kept, with `tied_rankings` averaged over the orders of ties.
+    merged: rows that went into the group of an earlier row with the same prompt; repeated: completions found in them
+    that the group had. cut_at_eos: completions that had text after an end-of-sequence. longest_prompt,
+    longest_completion: tokens, after truncation.
     """
 
     source: str
@@ -45,6 +51,11 @@ class DataReport:
     dropped: dict[str, Dropped] = field(default_factory=dict)
     pairs_dropped: Counter[str] = field(default_factory=Counter)
     ties: int = 0
+    close: int = 0
+    rankings: int = 0
+    tied_rankings: int = 0
+    merged: int = 0
+    repeated: int = 0
     truncated_prompts: int = 0
     truncated_completions: int = 0
     cut_at_eos: int = 0
@@ -54,10 +65,11 @@ class DataReport:
 
     @property
     def bad_rows(self) -> int:
-        return sum(dropped.count for dropped in self.dropped.values())
+        return sum(dropped.count for dropped in self.dropped.values() if dropped.bad)
 
     def drop(self, row: int, bad: BadRow) -> None:
-        dropped = self.dropped.setdefault(bad.reason, Dropped(detail=bad.detail))
+        kind = Dropped(bad=not isinstance(bad, NoComparison), detail=bad.detail)
+        dropped = self.dropped.setdefault(bad.reason, kind)
         dropped.count += 1
         if len(dropped.first_rows) < FIRST_ROWS:
             dropped.first_rows.append(row)
@@ -80,26 +92,35 @@ class DataReport:
         )
         raise UserError(
             f"{self.source}, read as {self.format}: expected {expected}; "
-            f"found {self.bad_rows} of {self.rows} rows that cannot be used: {self._reasons()}"
+            f"found {self._unused(self.groups > 0)} of {self.rows} rows that cannot be used: {self._reasons()}"
         )
 
     def lines(self) -> list[str]:
         """Notices for a person, a line each; the first says what was recognised and kept, the others only what is worth
         saying."""
         lines = [
-            f"{self.source}: {self.format}; {self.rows} rows, {self.groups} prompts, {self.pairs} pairs, "
+            f"{self.source}: {self.format}; {self.rows} rows, {self.groups} prompts, {self._comparisons()}, "
             f"{self.completions} completions; longest prompt {self.longest_prompt}, completion "
             f"{self.longest_completion} tokens"
         ]
         if self.dropped:
-            lines.append(f"dropped {self.bad_rows} of {self.rows} rows: {self._reasons()}")
+            lines.append(f"dropped {self._unused()} of {self.rows} rows: {self._reasons()}")
         if self.pairs_dropped:
             lines.append(
                 "dropped pairs of other rows: "
                 + "; ".join(f"{reason} {n}" for reason, n in sorted(self.pairs_dropped.items()))
             )
-        if self.ties:
+        if self.merged:
+            lines.append(
+                f"merged {self.merged} rows into the group of an earlier row with the same prompt; "
+                f"{self.repeated} of their completions were there already and are computed once"
+            )
+        if self.tied_rankings:
+            lines.append(f"averaged {self.tied_rankings} rankings over the orders of equal scores")
+        elif self.ties:
             lines.append(f"left out {self.ties} pairs of equal score")
+        if self.close:
+            lines.append(f"left out {self.close} pairs closer than the minimum gap")
         if self.truncated_prompts:
             lines.append(f"truncated {self.truncated_prompts} prompts from the left, to {self.limits.prompt} tokens")
         if self.truncated_completions:
@@ -109,6 +130,12 @@ class DataReport:
         if self.cut_at_eos:
             lines.append(f"cut {self.cut_at_eos} completions at an end-of-sequence inside them")
         return lines + self.notes
+
+    def _comparisons(self) -> str:
+        return f"{self.rankings} rankings ({self.pairs} pairs)" if self.rankings else f"{self.pairs} pairs"
+
+    def _unused(self, only_bad: bool = False) -> int:
+        return sum(dropped.count for dropped in self.dropped.values() if dropped.bad or not only_bad)
 
     def _reasons(self) -> str:
         ordered = sorted(self.dropped.items(), key=lambda item: -item[1].count)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from dpo.chat import BadRow, Chat, Message, is_messages
+from dpo.comparisons import Comparisons, candidates
 from dpo.errors import UserError
 
 Row = Mapping[str, Any]
@@ -29,7 +30,8 @@ ACCEPTED = (
 class Record:
     """One row as text. `templated`: a chat template wrote the prompt, which then brings its own special tokens.
     `joint`: the completions still begin with the prompt they share (`prompt` is empty), which is cut off where the
-    tokens are known. `ties`: comparisons left out."""
+    tokens are known. `scores`: one a completion, higher is better, where the data has them; `ties`, `close`:
+    comparisons left out for equal scores, and for scores too close."""
 
     row: int
     prompt: str
@@ -37,19 +39,29 @@ class Record:
     pairs: list[tuple[int, int]]
     templated: bool = False
     joint: bool = False
+    scores: list[float] | None = None
     ties: int = 0
+    close: int = 0
 
 
 @dataclass(frozen=True)
 class Format:
-    """A recognised format. `convert` turns one row into a Record or raises BadRow."""
+    """A recognised format. `convert` turns one row into a Record or raises BadRow. `scored`: its rows compare several
+    completions by scores or ranks."""
 
     name: str
     convert: Callable[[int, Row], Record]
     conversational: bool = False
+    scored: bool = False
 
 
-def recognise(rows: Sequence[Row], *, label: str, chat: Chat) -> Format:
+def recognise(
+    rows: Sequence[Row],
+    *,
+    label: str,
+    chat: Chat,
+    comparisons: Comparisons = Comparisons(),  # noqa: B008
+) -> Format:
     """The format of a source, from its first rows. Raises UserError that names the columns found when there is none
     that fits."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -61,10 +73,10 @@ def recognise(rows: Sequence[Row], *, label: str, chat: Chat) -> Format:
         name = f"K completions with {ranking} ({', '.join((*used, ranking))})"
         if _conversational(rows, used):
             chat.require_template(label)
-            convert = partial(_scored, ranking=ranking, chat=chat, has_prompt=bool(prompt))
-            return Format(f"conversational, {name}", convert, conversational=True)
+            convert = partial(_scored, ranking=ranking, comparisons=comparisons, chat=chat, has_prompt=bool(prompt))
+            return Format(f"conversational, {name}", convert, conversational=True, scored=True)
         if prompt:
-            return Format(name, partial(_scored, ranking=ranking))
+            return Format(name, partial(_scored, ranking=ranking, comparisons=comparisons), scored=True)
     elif has({"history", "human_ref_A", "human_ref_B", "labels"}):
         return Format("SHP (history, human_ref_A, human_ref_B, labels)", _shp)
     elif has({"chosen", "rejected"}):
@@ -164,8 +176,16 @@ def _rendered(
 # --- K completions ----------------------------------------------------------------------------------------------------
 
 
-def _scored(row: int, fields: Row, *, ranking: str, chat: Chat | None = None, has_prompt: bool = True) -> Record:
-    """All pairs of completions whose scores differ (higher is better; for ranks, lower is), ordered by their indices.
+def _scored(
+    row: int,
+    fields: Row,
+    *,
+    ranking: str,
+    comparisons: Comparisons,
+    chat: Chat | None = None,
+    has_prompt: bool = True,
+) -> Record:
+    """All pairs of completions whose scores differ enough (higher is better; for ranks, lower is).
 
     A completion that is empty, and a pair of equal texts, leaves the others of its row alone."""
     completions, values = _required(fields, "completions"), _numbers(fields, ranking)
@@ -176,17 +196,16 @@ def _scored(row: int, fields: Row, *, ranking: str, chat: Chat | None = None, ha
     if len(completions) < 2:
         raise BadRow("fewer than two completions")
     better = [-value for value in values] if ranking == "ranks" else values
-    pairs = scored_pairs(better)
-    ties = len(values) * (len(values) - 1) // 2 - len(pairs)
-    if not pairs:
-        raise BadRow(f"all {ranking} tie")
+    found = candidates(better, comparisons)
     if chat is None:
         if any(not isinstance(text, str) for text in completions):
             raise BadRow("field 'completions' holds something that is not text")
-        return Record(row, _text(fields, "prompt"), list(completions), pairs, ties=ties)
-    prompt = _required(fields, "prompt") if has_prompt else []
-    record = _rendered(row, prompt, [chat.messages(item, "completions") for item in completions], pairs, chat)
-    record.ties = ties
+        record = Record(row, _text(fields, "prompt"), list(completions), found.pairs)
+    else:
+        prompt = _required(fields, "prompt") if has_prompt else []
+        turns = [chat.messages(item, "completions") for item in completions]
+        record = _rendered(row, prompt, turns, found.pairs, chat)
+    record.scores, record.ties, record.close = better, found.ties, found.close
     return record
 
 
@@ -210,17 +229,6 @@ def prune(record: Record, same: Sequence[Any], *, after: str = "") -> dict[str, 
         raise BadRow(max(dropped, key=lambda reason: dropped[reason]))
     record.pairs = kept
     return dropped
-
-
-def scored_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
-    """(better, worse) for every two scores that differ, ordered by the smaller, then the larger index."""
-    count = len(scores)
-    return [
-        (i, j) if scores[i] > scores[j] else (j, i)
-        for i in range(count)
-        for j in range(i + 1, count)
-        if scores[i] != scores[j]
-    ]
 
 
 # --- Fields -----------------------------------------------------------------------------------------------------------

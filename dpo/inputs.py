@@ -20,6 +20,9 @@ from dpo.loss import Objective
 from dpo.model import head_of, prepare
 from dpo.steps import Preferences, StepPlan
 
+MOST_MERGED = 64
+"""Pairs in one group of merged rows where there are no steps."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -85,11 +88,21 @@ def load_data(
         max_completion_length=config.max_completion_length,
         eos_token_ids=eos_token_ids(policy.model, policy.tokenizer),
         max_bad_fraction=config.max_bad_fraction,
+        comparisons=config.compared,
+        merge=_most_merged(config) if config.merge_prompts else None,
         name=flag,
     )
+    if config.compared.asks_for_scores and not data.scored and flag == "--data":
+        asked = f"--comparisons {config.comparisons}" if config.comparisons != "all" else "--min-score-gap"
+        raise UserError(f"{asked}: expected {flag} with scores or ranks, found {data.report.format}")
     for line in data.report.lines():
         say(line)
     return data
+
+
+def _most_merged(config: InputConfig) -> int:
+    """Pairs in one group of merged rows: a step mixes four prompts or more, even where the data has few."""
+    return max(1, config.pairs_per_step // 4) if isinstance(config, TrainConfig) else MOST_MERGED
 
 
 def load_train_and_eval(config: TrainConfig, policy: Policy) -> tuple[PreferenceData, PreferenceData | None]:
@@ -106,6 +119,7 @@ def objective_of(config: InputConfig) -> Objective:
     """The objective that the flags ask for (scoring has no loss but its arithmetic)."""
     objective = Objective(
         beta=config.beta,
+        top_k=config.ranking_top_k,
         autocast=torch.bfloat16 if config.dtype == "bf16" else None,
         head_plan=config.head_plan,
         workspace_bytes=None if config.head_workspace_mb is None else config.head_workspace_mb << 20,

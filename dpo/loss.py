@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dpo_kernels import LinearPairLoss, linear_dpo_loss, linear_token_logps, pair_loss
+from dpo_kernels import LinearPairLoss, linear_dpo_loss, linear_token_logps, pair_loss, ranking_loss
+from dpo_kernels.backends import resolve_backend
 from torch import Tensor
 
 from dpo.model import head_of, trunk
@@ -29,6 +30,8 @@ class Objective:
     loss: str = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
+    top_k: int | None = None
+    """Of rankings, only the first places are choices. None: all."""
     autocast: torch.dtype | None = None
     head_plan: str = "auto"
     workspace_bytes: int | None = None
@@ -75,6 +78,8 @@ def bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor, objective: Objec
     Returns:
         loss (scalar), chosen and rejected rewards [T], token_logps [N].
     """
+    if batch.rankings is not None:
+        return _ranked_bin_loss(model, batch, ref_logps, objective)
     with objective.precision(batch.input_ids.device):
         hidden, head = trunk(model, batch), head_of(model)
         return linear_dpo_loss(
@@ -94,6 +99,41 @@ def bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor, objective: Objec
             **objective.loss_options,
             **objective.head_options,
         )
+
+
+def _ranked_bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor, objective: Objective) -> LinearPairLoss:
+    """`bin_loss` of rankings; the rewards are those of the pairs that the rankings decide."""
+    logps = token_logps(model, batch, objective)
+    difference = logps.double() - ref_logps.double()
+    delta = segment_sum(difference, batch.completion_ids, batch.num_completions)
+    assert batch.rankings is not None
+    loss = plackett_luce(delta, batch.rankings, batch.ranking_weights, logps.dtype, objective)
+    rewards = objective.beta * delta.detach()
+    return LinearPairLoss(loss, rewards[batch.chosen], rewards[batch.rejected], logps.detach())
+
+
+def plackett_luce(
+    delta: Tensor, rankings: Tensor, weights: Tensor | None, dtype: torch.dtype, objective: Objective
+) -> Tensor:
+    """Weighted sum of the Plackett-Luce losses of rankings (Rafailov et al. 2023, A.3), differentiable.
+
+    Args:
+        delta: [C] float64 log ratios of completions. rankings: [R, K] int64, the best first, padded with -1.
+        weights: [R], None for the mean.
+        dtype: of the log-probs: what the Triton kernel reads, which has no float64.
+    """
+    triton = resolve_backend(objective.backend, delta.device, dtype) == "triton"
+    values = delta.to(dtype) if triton else delta
+    losses = ranking_loss(
+        values,
+        torch.zeros_like(values),
+        rankings,
+        beta=objective.beta,
+        reduction="none",
+        top_k=objective.top_k,
+        backend="triton" if triton else "torch",
+    ).loss.double()
+    return losses.mean() if weights is None else (losses * weights).sum()
 
 
 def segment_sum(values: Tensor, ids: Tensor, size: int) -> Tensor:
@@ -123,6 +163,13 @@ def coupled_loss(model: Any, coupled: Coupled, ref_logps: RefLogps, objective: O
             difference = held[-1].double() - ref_logps(b).double()
             delta[b.completions] = segment_sum(difference, b.batch.completion_ids, b.batch.num_completions)
     delta.requires_grad_()
+    if coupled.rankings is not None:
+        with torch.enable_grad():
+            loss = plackett_luce(delta, coupled.rankings, coupled.ranking_weights, held[0].dtype, objective)
+            (grads,) = torch.autograd.grad(loss, delta)
+        rewards = objective.beta * delta.detach()
+        sides = rewards[coupled.chosen], rewards[coupled.rejected]
+        return CoupledLoss(loss.detach(), *sides, tuple(held), grads)
     with torch.enable_grad():
         out = pair_loss(
             delta,

@@ -31,12 +31,20 @@ class Group:
 
     prompt: token ids, at least one. completions: K lists of token ids, each with its end-of-sequence and none empty.
     pairs: (chosen, rejected), indices into `completions`. row: where the group came from, for error messages.
+    rankings: orders of indices into `completions`, the best first, of one Plackett-Luce comparison: one, or the orders
+    of tied completions, which are averaged. Where there are any, they are what is trained, and the pairs only measure.
     """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
     pairs: Sequence[tuple[int, int]]
     row: int | str = -1
+    rankings: Sequence[Sequence[int]] = ()
+
+    @property
+    def num_comparisons(self) -> int:
+        """What a step counts and weighs: pairs, or 1 for a ranking."""
+        return 1 if self.rankings else len(self.pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +55,10 @@ class PackedBatch:
     only). segments: what the attention needs (None when padded). logit_rows: [N] int64 into the flattened [B * S]
     hidden rows; row n predicts targets[n] (int64) of completion completion_ids[n] (int64, 0..C-1 group by group, each
     completion's tokens adjacent and in order). chosen, rejected: [T] int64 into the completions of this batch.
-    pair_weights: [T] float64, or None for equal weights. completion_lengths, group_of_completion: [C] int64. rows: the
-    row id of each group, length G. sequence_lengths: the shortest and the longest prompt + completion, in tokens.
+    pair_weights: [T] float64, or None for equal weights. rankings: [R, K] int64 into the completions, the best first,
+    padded with -1, or None; ranking_weights: [R] float64, or None for equal weights. completion_lengths,
+    group_of_completion: [C] int64. rows: the row id of each group, length G. sequence_lengths: the shortest and the
+    longest prompt + completion, in tokens.
     """
 
     input_ids: Tensor
@@ -66,6 +76,8 @@ class PackedBatch:
     sequence_lengths: tuple[int, int]
     layout: Layout
     pair_weights: Tensor | None = None
+    rankings: Tensor | None = None
+    ranking_weights: Tensor | None = None
 
     @property
     def num_groups(self) -> int:
@@ -165,7 +177,21 @@ def pack(groups: Sequence[Group], *, layout: Layout = "shared") -> PackedBatch:
         rows=tuple(group.row for group in groups),
         sequence_lengths=(int(sequence_lengths.min()), int(sequence_lengths.max())),
         layout=layout,
+        rankings=ranking_table(groups, first_completion.tolist()),
     )
+
+
+def ranking_table(groups: Sequence[Group], first: Sequence[int]) -> Tensor | None:
+    """[R, K] int64: the rankings of all groups, whose completions are numbered from `first` on, padded with -1; None
+    where there is none."""
+    numbered = zip(groups, first, strict=True)
+    rankings = [[start + index for index in order] for group, start in numbered for order in group.rankings]
+    if not rankings:
+        return None
+    table = torch.full((len(rankings), max(map(len, rankings))), -1, dtype=torch.int64)
+    for row, order in zip(table, rankings, strict=True):
+        row[: len(order)] = torch.tensor(order)
+    return table
 
 
 def _check_group(group: Group) -> None:
@@ -184,6 +210,12 @@ def _check_group(group: Group) -> None:
             raise UserError(
                 f"{where}: pairs: expected two different indices below {len(group.completions)}, "
                 f"found ({chosen}, {rejected})"
+            )
+    for order in group.rankings:
+        if len(order) < 2 or len(set(order)) < len(order) or not set(order) <= set(range(len(group.completions))):
+            raise UserError(
+                f"{where}: rankings: expected two or more different indices below {len(group.completions)}, "
+                f"found {list(order)}"
             )
 
 
@@ -321,7 +353,7 @@ def split_group(group: Group, budget: int, layout: Layout = "shared") -> list[Gr
             "raise it, or lower --max-prompt-length or --max-completion-length"
         )
     if group_cost(group, layout) <= budget:
-        return [GroupPart(replace(group, pairs=()), tuple(range(len(lengths))))]
+        return [GroupPart(replace(group, pairs=(), rankings=()), tuple(range(len(lengths))))]
     if layout == "shared":
         bins = plan_bins(lengths, budget - prompt)
     elif layout == "packed":
@@ -329,7 +361,9 @@ def split_group(group: Group, budget: int, layout: Layout = "shared") -> list[Gr
     else:
         bins = plan_bins([prompt + length for length in lengths], budget, rows=[1] * len(lengths))
     return [
-        GroupPart(replace(group, completions=[group.completions[i] for i in members], pairs=()), tuple(members))
+        GroupPart(
+            replace(group, completions=[group.completions[i] for i in members], pairs=(), rankings=()), tuple(members)
+        )
         for members in bins
     ]
 

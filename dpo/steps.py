@@ -6,17 +6,17 @@ C completions, T pairs of a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dpo.packing import Group, Layout, PackedBatch, group_cost, pack, plan_groups, split_group
+from dpo.packing import Group, Layout, PackedBatch, group_cost, pack, plan_groups, ranking_table, split_group
 
 Reduction = Literal["pairs", "prompts"]
 
@@ -61,16 +61,22 @@ class Coupled:
     pair_weights: Tensor
     """[T] float64."""
     num_completions: int
+    rankings: Tensor | None = None
+    """[R, K] int64, numbers of completions, padded with -1."""
+    ranking_weights: Tensor | None = None
+    """[R] float64."""
 
     def to(self, device: torch.device) -> Coupled:
         """The same comparisons and bins on `device`."""
-        moved = (t.to(device, non_blocking=True) for t in (self.chosen, self.rejected, self.pair_weights))
-        return Coupled(tuple(b.to(device) for b in self.bins), *moved, num_completions=self.num_completions)
+        return self._map(tuple(b.to(device) for b in self.bins), lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Coupled:
         """The same comparisons and bins in page-locked memory."""
-        pinned = (t.pin_memory() for t in (self.chosen, self.rejected, self.pair_weights))
-        return Coupled(tuple(b.pin_memory() for b in self.bins), *pinned, num_completions=self.num_completions)
+        return self._map(tuple(b.pin_memory() for b in self.bins), lambda t: t.pin_memory())
+
+    def _map(self, bins: tuple[Bin, ...], function: Callable[[Tensor], Tensor]) -> Coupled:
+        changed: dict[str, Any] = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, bins=bins, **changed)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ class StepBatch:
     bins: tuple[Bin, ...]
     coupled: Coupled | None
     num_pairs: int
+    num_comparisons: int
+    """What the loss is a mean over: the pairs, or the rankings."""
     num_tokens: int
     num_groups: int
     fill: float
@@ -123,7 +131,7 @@ def draw_epoch(pairs: Sequence[int], plan: StepPlan, epoch: int) -> list[list[in
     A step takes groups until the next would bring it over `pairs_per_step` (at least one), or `groups_per_step`.
 
     Args:
-        pairs: number of pairs of each group.
+        pairs: number of pairs of each group; a ranking counts as one.
     """
     order = np.random.default_rng([plan.seed, epoch]).permutation(len(pairs)).tolist()
     if plan.groups_per_step is not None:
@@ -140,7 +148,8 @@ def draw_epoch(pairs: Sequence[int], plan: StepPlan, epoch: int) -> list[list[in
 
 
 def pair_weights(pairs: Sequence[int], reduction: Reduction) -> list[float]:
-    """Weight of one pair of each group: a step's loss is the weighted sum over its pairs, in whatever bins."""
+    """Weight of one pair of each group (of the ranking of a group that has one, which counts as one pair): a step's
+    loss is the weighted sum over its comparisons, in whatever bins."""
     if reduction == "pairs":
         return [1.0 / sum(pairs)] * len(pairs)
     return [1.0 / (len(pairs) * count) for count in pairs]
@@ -158,13 +167,18 @@ def build_step(
         UserError: one prompt with one completion exceeds the budget.
     """
     held = [data[i] for i in groups]
-    weights = pair_weights([len(group.pairs) for group in held], plan.reduction)
+    weights = pair_weights([group.num_comparisons for group in held], plan.reduction)
     fits = [group_cost(group, plan.layout) <= plan.token_budget for group in held]
     whole = [k for k, fit in enumerate(fits) if fit and not plan.two_phase]
     apart = [k for k in range(len(held)) if k not in set(whole)]
     parts = [(k, tuple(range(len(held[k].completions))), held[k]) for k in whole]
     bins = _pack_parts(parts, groups, plan)
-    bins = [replace(b, batch=replace(b.batch, pair_weights=_weights_of(b, groups, held, weights))) for b in bins]
+    position = {group: k for k, group in enumerate(groups)}
+    for k, b in enumerate(bins):
+        places = [position[i] for i, _ in b.members]
+        for_pairs, for_rankings = _weights_of([held[p] for p in places], [weights[p] for p in places])
+        batch = replace(b.batch, pair_weights=for_pairs, ranking_weights=for_rankings)
+        bins[k] = replace(b, batch=batch)
     coupled = _couple([(k, held[k]) for k in apart], groups, weights, plan) if apart else None
     everything = (*bins, *(coupled.bins if coupled else ()))
     tokens = sum(b.batch.num_tokens for b in everything)
@@ -174,6 +188,7 @@ def build_step(
         bins=tuple(bins),
         coupled=coupled,
         num_pairs=sum(len(group.pairs) for group in held),
+        num_comparisons=sum(group.num_comparisons for group in held),
         num_tokens=tokens,
         num_groups=len(held),
         fill=tokens / (len(everything) * plan.token_budget) if everything else 0.0,
@@ -197,10 +212,14 @@ def _pack_parts(
     return bins
 
 
-def _weights_of(b: Bin, groups: Sequence[int], held: Sequence[Group], weights: Sequence[float]) -> Tensor:
-    position = {group: k for k, group in enumerate(groups)}
-    flat = [weights[position[i]] for i, _ in b.members for _ in held[position[i]].pairs]
-    return torch.tensor(flat, dtype=torch.float64)
+def _weights_of(held: Sequence[Group], weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+    """[T] of the pairs of groups, and [R] of their rankings, where there are any: the orders of tied completions share
+    the weight of their group."""
+    weighted = list(zip(held, weights, strict=True))
+    for_pairs = [weight for group, weight in weighted for _ in group.pairs]
+    for_rankings = [weight / len(group.rankings) for group, weight in weighted for _ in group.rankings]
+    rankings = torch.tensor(for_rankings, dtype=torch.float64) if for_rankings else None
+    return torch.tensor(for_pairs, dtype=torch.float64), rankings
 
 
 def _couple(
@@ -211,25 +230,27 @@ def _couple(
     parts: list[tuple[int, tuple[int, ...], Group]] = []
     chosen: list[int] = []
     rejected: list[int] = []
-    flat: list[float] = []
     total = 0
     for k, group in apart:
         first[groups[k]] = total
         chosen += [total + w for w, _ in group.pairs]
         rejected += [total + loser for _, loser in group.pairs]
-        flat += [weights[k]] * len(group.pairs)
         total += len(group.completions)
         parts += [(k, part.completions, part.group) for part in split_group(group, plan.token_budget, plan.layout)]
     bins = [
         replace(b, completions=torch.tensor([first[i] + c for i, held in b.members for c in held], dtype=torch.int64))
         for b in _pack_parts(parts, groups, plan)
     ]
+    whole = [group for _, group in apart]
+    for_pairs, for_rankings = _weights_of(whole, [weights[k] for k, _ in apart])
     return Coupled(
         bins=tuple(bins),
         chosen=torch.tensor(chosen, dtype=torch.int64),
         rejected=torch.tensor(rejected, dtype=torch.int64),
-        pair_weights=torch.tensor(flat, dtype=torch.float64),
+        pair_weights=for_pairs,
         num_completions=total,
+        rankings=ranking_table(whole, [first[groups[k]] for k, _ in apart]),
+        ranking_weights=for_rankings,
     )
 
 
@@ -271,5 +292,5 @@ def eval_steps(data: Preferences, plan: StepPlan, groups_per_chunk: int = 512) -
     """All of `data` in file order, in chunks that bound memory and that no mean over pairs depends on."""
     chunks = [range(i, min(i + groups_per_chunk, len(data))) for i in range(0, len(data), groups_per_chunk)]
     steps = [build_step(data, chunk, plan, index=i) for i, chunk in enumerate(chunks)]
-    weights = [step.num_pairs if plan.reduction == "pairs" else step.num_groups for step in steps]
+    weights = [step.num_comparisons if plan.reduction == "pairs" else step.num_groups for step in steps]
     return [replace(step, share=weight / sum(weights)) for step, weight in zip(steps, weights, strict=True)]

@@ -55,7 +55,6 @@ BAD = [
     (HH, {**HH, "rejected": "\n\nHuman: a\n\nAssistant:"}, "empty completion"),
     (SHP, {**SHP, "labels": 2}, "field 'labels' is neither 0 nor 1"),
     (SHP, {**SHP, "labels": True}, "field 'labels' is neither 0 nor 1"),
-    (RANKED, {**RANKED, "scores": [1, 1]}, "all scores tie"),
     (RANKED, {**RANKED, "scores": [1, None]}, "field 'scores' holds something that is not a finite number"),
     (RANKED, {**RANKED, "scores": [1, float("nan")]}, "field 'scores' holds something that is not a finite number"),
     (RANKED, {**RANKED, "scores": "1, 2"}, "field 'scores' is not a list"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dpo.chat import BadRow, Chat
 from dpo.data import PreferenceData, load_preferences
 from dpo.errors import UserError
-from dpo.formats import common_prefix, prune, recognise, scored_pairs
+from dpo.formats import common_prefix, prune, recognise
 from tests.data import tiny
 from tests.data.tiny import assistant, user
 
@@ -243,16 +243,6 @@ def test_bad_completion_of_several_leaves_the_others() -> None:
     assert data.report.ties == 1
     assert data.report.pairs_dropped == {"empty completion": 4, "identical chosen and rejected": 1}
     assert "left out 1 pairs of equal score" in data.report.lines()
-
-
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=7))
-def test_pairs_are_all_that_differ_better_first(scores: list[int]) -> None:
-    pairs = scored_pairs(scores)
-    assert all(scores[better] > scores[worse] for better, worse in pairs)
-    assert len({frozenset(pair) for pair in pairs}) == len(pairs)
-    count = len(scores)
-    assert len(pairs) == sum(scores[i] != scores[j] for i in range(count) for j in range(i + 1, count))
-    assert [sorted(pair) for pair in pairs] == sorted(sorted(pair) for pair in pairs)
 
 
 @given(st.text("ab", max_size=9), st.text("ab", max_size=9))
