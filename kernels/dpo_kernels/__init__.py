@@ -2,7 +2,7 @@
 
 from .common import TokenStats
 from .fused import LinearPairLoss, dpo_loss_from_logits, linear_dpo_loss
-from .head import linear_token_logps
+from .head import LoraFactors, linear_token_logps
 from .logps import token_logps
 from .modules import DPOLoss, LinearDPOLoss
 from .pairs import LOSSES, PairLoss, pair_loss
@@ -15,6 +15,7 @@ __all__ = [
     "DPOLoss",
     "LinearDPOLoss",
     "LinearPairLoss",
+    "LoraFactors",
     "PairLoss",
     "Plan",
     "RankingLoss",

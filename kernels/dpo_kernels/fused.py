@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from . import fused_operators
 from .backends import resolve_backend
 from .common import LogitOptions, check_float, check_index, check_same_device, check_shape
-from .head import linear_token_logps
+from .head import LoraFactors, linear_token_logps
 from .logps import check_inplace, token_logps
 from .pairs import PairCall, check_pairs, delta_gradient, pair_terms, reduce_pairs
 
@@ -157,17 +158,20 @@ def linear_dpo_loss(
     reduction: str = "mean",
     pair_weights: Tensor | None = None,
     num_completions: int | None = None,
+    lora: LoraFactors | tuple[Tensor, Tensor, float] | None = None,
     plan: str = "auto",
     workspace_bytes: int | None = None,
+    process_group: ProcessGroup | str | None = None,
     backend: str | None = None,
 ) -> LinearPairLoss:
     """Preference loss from hidden states, through the fused LM head: what the trainer runs.
 
-    hidden [N, H], weight [V, H], targets [N] as `linear_token_logps`; completion_ids [N] in [0, C) say which completion
-    a row belongs to (-1: none); chosen, rejected [T] index completions. ref_logps: [N] per token, aligned with targets
-    (exact: log ratios are summed as lp_t - ref_t in float64, so policy = reference gives margins of exactly 0), or [C]
-    per completion, or None for zero. num_completions: C, needed where not to be found by looking (which synchronises on
-    a GPU). Loss options as `pair_loss`. Gradients for hidden, weight, bias. Returns `LinearPairLoss`, fp32 or float64.
+    hidden [N, H], weight [V, H], targets [N], bias, lora, process_group as `linear_token_logps`; completion_ids [N] in
+    [0, C) say which completion a row belongs to (-1: none); chosen, rejected [T] index completions. ref_logps: [N] per
+    token, aligned with targets (exact: log ratios are summed as lp_t - ref_t in float64, so policy = reference gives
+    margins of exactly 0), or [C] per completion, or None for zero. num_completions: C, needed where not to be found by
+    looking (which synchronises on a GPU). Loss options as `pair_loss`. Gradients for hidden, weight, bias and lora's
+    factors. Returns `LinearPairLoss`, fp32 or float64.
     """
     call = _call(loss, beta, reduction, label_smoothing)
     logps = linear_token_logps(
@@ -179,8 +183,10 @@ def linear_dpo_loss(
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
+        lora=lora,
         plan=plan,
         workspace_bytes=workspace_bytes,
+        process_group=process_group,
         backend=backend,
     )
     check_shape("completion_ids", completion_ids, targets.shape, "as targets")

@@ -5,9 +5,12 @@ Shapes: N rows, V vocabulary, H hidden, C completions, L length, T pairs.
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .fused import LinearPairLoss, dpo_loss_from_logits, linear_dpo_loss
+from .head import LoraFactors
 from .pairs import PairCall
+from .sharding import name_of
 
 
 def halves(completions: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -97,9 +100,17 @@ class DPOLoss(_PairModule):
 class LinearDPOLoss(_PairModule):
     """`linear_dpo_loss` as a module; padded [C, L, H] or packed [N, H] hidden states."""
 
-    def __init__(self, beta: float = 0.1, *, plan: str = "auto", workspace_bytes: int | None = None, **options) -> None:
+    def __init__(
+        self,
+        beta: float = 0.1,
+        *,
+        plan: str = "auto",
+        workspace_bytes: int | None = None,
+        process_group: ProcessGroup | str | None = None,
+        **options,
+    ) -> None:
         super().__init__(beta, **options)
-        self.options |= {"plan": plan, "workspace_bytes": workspace_bytes}
+        self.options |= {"plan": plan, "workspace_bytes": workspace_bytes, "process_group": name_of(process_group)}
 
     def forward(
         self,
@@ -109,13 +120,14 @@ class LinearDPOLoss(_PairModule):
         ref_logps: Tensor | None = None,
         *,
         bias: Tensor | None = None,
+        lora: LoraFactors | tuple[Tensor, Tensor, float] | None = None,
         completion_ids: Tensor | None = None,
         chosen: Tensor | None = None,
         rejected: Tensor | None = None,
         pair_weights: Tensor | None = None,
         num_completions: int | None = None,
     ) -> LinearPairLoss:
-        """As `DPOLoss`, with hidden [C, L, H] or [N, H] and the LM head's weight [V, H] and bias [V]."""
+        """As `DPOLoss`, with hidden [C, L, H] or [N, H] and the LM head's weight [V, H], bias [V] and LoRA factors."""
         hidden, targets, ref_logps = self._align(hidden, targets, ref_logps)
         chosen, rejected = _pairs(targets, completion_ids, chosen, rejected)
         if completion_ids is None:
@@ -132,6 +144,7 @@ class LinearDPOLoss(_PairModule):
             chosen,
             rejected,
             bias=bias,
+            lora=lora,
             pair_weights=pair_weights,
             num_completions=num_completions,
             **self.options,

@@ -8,9 +8,10 @@ Shapes: N rows, V vocabulary, H hidden. A GEMM is 2 N V H operations.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import sym_max, sym_min
 
 PLANS = ("auto", "frozen", "retain", "recompute")
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -18,6 +19,9 @@ WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 ALIGN = 64
 """Bytes to which kept tiles are aligned, as allocations are."""
+
+COLUMNS = 16
+"""Elements to which tiles' widths and leading dimensions are rounded up: 16-byte boundaries in every dtype."""
 
 TILE_ROWS = 512
 TILE_ELEMENTS = 1 << 20
@@ -51,6 +55,8 @@ class Plan:
     vocabulary: int
     row_chunk: int
     vocab_tile: int
+    slot: int
+    """Elements of one kept tile's memory."""
     retained: int
     """Tiles kept, in the order of `tile_index` (row chunk by row chunk)."""
     lent: int
@@ -85,21 +91,39 @@ class Plan:
     def tile_index(self, k: int, c: int) -> int:
         return c * self.vocab_tiles + k
 
+    def for_rows(self, rows: int) -> "Plan":
+        """The same layout of memory for fewer rows, which their chunks share evenly."""
+        chunks = max(1, -(-rows // self.row_chunk))
+        tiles = chunks * self.vocab_tiles
+        return replace(
+            self,
+            rows=rows,
+            row_chunk=max(1, -(-rows // chunks)),
+            retained=min(self.retained, tiles),
+            lent=min(self.lent, tiles),
+        )
+
+
+def rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
 
 def tile_shape(rows: int, vocabulary: int, device: str = "cpu") -> tuple[int, int]:
-    """(row chunk, vocabulary tile), the same for every plan: a row's log-prob never depends on the plan."""
+    """(row chunk, vocabulary tile), the same for every plan: a row's log-prob never depends on the plan.
+
+    Like everything here that sizes memory, free of branches on `rows`, which is symbolic under `torch.compile`.
+    """
     most_rows, elements = GPU_TILE if device == "cuda" else (TILE_ROWS, TILE_ELEMENTS)
-    chunks = max(1, -(-rows // most_rows))
-    row_chunk = max(1, -(-rows // chunks))
-    tiles = max(1, round(vocabulary * row_chunk / elements))
-    width = max(1, -(-vocabulary // tiles))
-    return row_chunk, width if tiles == 1 else -(-width // 16) * 16
+    chunks = sym_max(1, -(-rows // most_rows))
+    row_chunk = sym_max(1, -(-rows // chunks))
+    tiles = sym_max(1, (2 * vocabulary * row_chunk + elements) // (2 * elements))
+    return row_chunk, sym_min(vocabulary, rounded_up(-(-vocabulary // tiles), COLUMNS))
 
 
-def lent_chunks(row_chunk: int, vocab_tile: int, hidden: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> int:
+def lent_chunks(slot: int, vocab_tile: int, hidden: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> int:
     """Row chunks of a vocabulary tile that fit into the memory of its weight gradient: H rows where dtypes agree."""
     region = vocab_tile * hidden * grad_dtype.itemsize // ALIGN
-    return region // max(1, -(-row_chunk * vocab_tile * dtype.itemsize // ALIGN))
+    return region // (rounded_up(slot * dtype.itemsize, ALIGN) // ALIGN)
 
 
 def choose_plan(
@@ -115,6 +139,8 @@ def choose_plan(
     weight_grad_dtype: torch.dtype | None = None,
     kept_dtype: torch.dtype | None = None,
     device: str = "cpu",
+    lora_rank: int = 0,
+    lora_requires_grad: bool = False,
 ) -> Plan:
     """The plan for N rows, V, H with GEMMs in `dtype`; "auto" takes the cheapest by the cost model.
 
@@ -122,7 +148,9 @@ def choose_plan(
     forced "retain" keeps as many tiles as fit; a forced "frozen" is refused where the head (weight or bias) needs a
     gradient, or [N, H] does not fit. `weight_grad_dtype`, where the weight has a gradient, says that its memory is
     allocated in the forward already and holds kept tiles until it is written: they cost no workspace. `kept_dtype` is
-    that of kept tiles (the GEMMs' where None). ValueError names the argument.
+    that of kept tiles (the GEMMs' where None). `lora_rank` r adds the factors' products, each r / H of a GEMM;
+    `lora_requires_grad` says that the factor B [V, r] needs a gradient, which weighs rows by the loss and so excludes
+    "frozen". ValueError names the argument.
     """
     if plan not in PLANS:
         raise ValueError(f"plan: expected one of {', '.join(PLANS)}, found {plan!r}")
@@ -132,43 +160,47 @@ def choose_plan(
         raise ValueError(f"workspace_bytes: expected 0 or more, found {workspace_bytes}")
     rate, bandwidth = RATES.get((device, dtype), RATES[("cuda", torch.bfloat16)])
     row_chunk, vocab_tile = tile_shape(rows, vocabulary, device)
-    tile = row_chunk * vocab_tile
+    tile, slot = row_chunk * vocab_tile, rounded_up(row_chunk * rounded_up(vocab_tile, COLUMNS), 2 * COLUMNS)
     wide = 8 if dtype == torch.float64 else 4
     columns = -(-vocabulary // vocab_tile)
     gemm = 2.0 * rows * vocabulary * hidden / rate
+    low_rank = lora_rank / max(hidden, 1)
     # logits in the GEMM's dtype, widened, rounded; a weight tile in the GEMM's dtype; a dW tile; [n, H] of a dH product
     tile_bytes = tile * (wide + (2 * dtype.itemsize if dtype.itemsize < 4 else 0)) + vocab_tile * hidden * (wide + 4)
-    tile_bytes += row_chunk * hidden * wide
+    # beside [n, H], the factors' [n, r], their tiles widened, and their gradients before rounding
+    tile_bytes += row_chunk * hidden * wide + (2 * row_chunk + 2 * rows + vocab_tile + vocabulary) * lora_rank * wide
 
     def layout(name: str, retained: int, kept: int, gemms: float, moved: float, lent: int = 0) -> Plan:
         seconds = gemms * gemm + moved / bandwidth
         # Lent memory is up to two weight tiles longer than the gradient; the lent tiles' maxima are kept beside it.
         longer = (columns + 1) * vocab_tile - vocabulary
         beside = (longer * hidden + 2 * ALIGN) * 4 + lent * row_chunk * wide if lent else 0
-        working = tile_bytes + beside
-        return Plan(name, rows, vocabulary, row_chunk, vocab_tile, retained, lent, kept, working, gemms, seconds)
+        sizes = rows, vocabulary, row_chunk, vocab_tile, slot, retained, lent, kept
+        return Plan(name, *sizes, tile_bytes + beside, gemms, seconds)
 
-    if not (weight_requires_grad or hidden_requires_grad):
-        return layout("score", 0, 0, 1.0, 0.0)
-    backward = float(weight_requires_grad) + float(hidden_requires_grad)
-    tiles = max(1, -(-rows // row_chunk) * columns)
-    each = tile * (kept_dtype or dtype).itemsize + row_chunk * wide
+    forward = 1.0 + low_rank
+    backward = float(weight_requires_grad) + hidden_requires_grad * (1.0 + low_rank) + lora_requires_grad * low_rank
+    if not (weight_requires_grad or hidden_requires_grad or lora_requires_grad):
+        return layout("score", 0, 0, forward, 0.0)
+    tiles = sym_max(1, -(-rows // row_chunk) * columns)
+    each = slot * (kept_dtype or dtype).itemsize + row_chunk * wide
     lent = 0
     if weight_grad_dtype is not None:
-        chunks = lent_chunks(row_chunk, vocab_tile, hidden, dtype, weight_grad_dtype)
-        lent = min(tiles, chunks * columns)
-    own = min(tiles - lent, workspace_bytes // max(1, each))
+        lent = sym_min(tiles, lent_chunks(slot, vocab_tile, hidden, dtype, weight_grad_dtype) * columns)
+    own = sym_min(tiles - lent, workspace_bytes // each)
     fit = lent + own
     candidates = {
-        "retain": layout("retain", fit, own * each, 1 + backward + (1 - fit / tiles), 2.0 * fit * each, lent),
-        "recompute": layout("recompute", 0, 0, 2 + backward, 0.0),
+        "retain": layout("retain", fit, own * each, forward * (2 - fit / tiles) + backward, 2.0 * fit * each, lent),
+        "recompute": layout("recompute", 0, 0, 2 * forward + backward, 0.0),
     }
-    frozen_bytes = rows * hidden * wide
-    if not weight_requires_grad and frozen_bytes <= workspace_bytes:
-        candidates["frozen"] = layout("frozen", 0, frozen_bytes, 2.0, 3.0 * frozen_bytes)
+    frozen_bytes = rows * (hidden + lora_rank) * wide
+    trained = weight_requires_grad or lora_requires_grad
+    if not trained and frozen_bytes <= workspace_bytes:
+        candidates["frozen"] = layout("frozen", 0, frozen_bytes, 2 * forward, 3.0 * frozen_bytes)
     if plan == "frozen" and "frozen" not in candidates:
-        if weight_requires_grad:
-            raise ValueError("plan: 'frozen' needs a head without gradient, found weight or bias that requires grad")
+        if trained:
+            what = "weight or bias" if weight_requires_grad else "LoRA factor b"
+            raise ValueError(f"plan: 'frozen' needs a head without gradient, found {what} that requires grad")
         raise ValueError(f"workspace_bytes: plan 'frozen' needs {frozen_bytes}, found {workspace_bytes}")
     if plan != "auto":
         return candidates[plan]

@@ -52,10 +52,21 @@ def token_stats(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, **
 
 
 def linear_token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100, **options
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    ignore_index: int = -100,
+    **options,
 ) -> Tensor:
-    """token_logps of hidden [N, H] @ weight [V, H].T + bias [V]."""
-    return token_logps(F.linear(hidden, weight, bias), targets, ignore_index=ignore_index, **options)
+    """token_logps of hidden [N, H] @ (weight [V, H] + scaling * b [V, r] @ a [r, H]).T + bias [V]."""
+    logits = F.linear(hidden, weight, bias)
+    if lora is not None:
+        a, b, scaling = lora
+        logits = logits + scaling * F.linear(F.linear(hidden, a), b)
+    return token_logps(logits, targets, ignore_index=ignore_index, **options)
 
 
 def completion_sums(values: Tensor, completion_ids: Tensor, num_completions: int) -> Tensor:

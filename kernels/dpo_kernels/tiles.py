@@ -69,9 +69,12 @@ class RowState:
             None if self.plain is None else self.plain[window],
         )
 
+    @property
+    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self.maximum, self.total, self.target, self.weighted, self.squares, self.plain
+
     def parts(self) -> list[Tensor]:
-        every = (self.maximum, self.total, self.target, self.weighted, self.squares, self.plain)
-        return [part for part in every if part is not None]
+        return [part for part in self.sums if part is not None]
 
     def logps(self) -> Tensor:
         """[N] log p(target). The subtraction comes first, so a confident row loses nothing to a large maximum."""
@@ -81,7 +84,7 @@ class RowState:
     def inverse_total(self) -> Tensor:
         return self.total.reciprocal().to(self.maximum.dtype)
 
-    def stats(self, names: tuple[str, ...], vocabulary: int) -> dict[str, Tensor]:
+    def stats(self, names: tuple[str, ...], vocabulary: int | Tensor) -> dict[str, Tensor]:
         """The statistics of `TokenStats` that were asked for, [N] each."""
         found: dict[str, Tensor] = {}
         dtype = self.maximum.dtype

@@ -103,6 +103,30 @@ def test_bf16_rounds_only_gradient_tiles(plan):
     assert found[1].dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("plan", ["frozen", "retain", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_factors(plan, dtype):
+    """Value, gradients of rows, both factors and (not frozen) the weight; bf16 rounds the rows' low rank too."""
+    h, w, _, targets, upstream = make(dtype=dtype)
+    a, b = torch.randn(3, 24).to(dtype), torch.randn(149, 3).to(dtype) * 0.2
+    found = []
+    for wide in (None, torch.float64):
+        leaves_ = leaves(h, w, a, b, dtype=wide)
+        for index in (1, 3) if plan == "frozen" else ():
+            leaves_[index].requires_grad_(False)
+        call = reference.linear_token_logps if wide else linear_token_logps
+        options = {} if wide else {"plan": plan, "backend": "triton"}
+        with check_hints():
+            logps = call(leaves_[0], leaves_[1], targets, lora=(leaves_[2], leaves_[3], 0.5), **options)
+        logps.backward(upstream.to(logps.dtype))
+        found.append([logps.detach(), *(leaf.grad for leaf in leaves_)])
+    ours_, expected = found
+    assert [part is None for part in ours_] == [part is None for part in expected]
+    assert_close(ours_[:1], expected[:1], 2e-6 if dtype == torch.float32 else 2.0**-8)
+    assert_close(ours_[1:], expected[1:], 4e-6 if dtype == torch.float32 else 2.0**-6)
+
+
 def test_autocast(monkeypatch):
     monkeypatch.setattr(plans, "GPU_TILE", SMALL)
     h, w, _, targets, upstream = make()

@@ -1,21 +1,19 @@
 """The LM head on a GPU: the vendor's GEMMs into fp32 tiles that stay in L2, Triton folds and gradients on the tiles.
 
-N rows, n rows of a chunk, V vocabulary, v columns of a tile, H hidden. The vocabulary is the outer loop, as in the
-torch path. Rows to be ignored go through the GEMMs (leaving them out would need a host synchronisation) but are not
-read afterwards. Reading order: GEMMs and buffers, forward, backward.
+N rows, n rows of a chunk, V vocabulary, v columns of a tile, H hidden, r rank of LoRA factors. The vocabulary is the
+outer loop, as in the torch path. Rows to be ignored go through the GEMMs (leaving them out would need a host
+synchronisation) but are not read afterwards. Reading order: GEMMs, forward, backward.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..common import LogitOptions
-from ..plans import Plan
+from .. import sharding
+from ..head_torch import Gradients
+from ..storage import Buffers, HeadCall, Kept, Operands
 from .tiles import TileState, fold_tile, mask_of, tile_gradient
-
-PADDING = 16
-"""Elements to which a tile's leading dimension is rounded up: every row starts on a 16-byte boundary in every dtype."""
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
@@ -31,142 +29,121 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         out.add_(a @ b) if add else out.copy_(a @ b)
 
 
-@dataclass(slots=True)
-class Buffers:
-    """Scratch of one pass, allocated once and reused by every tile."""
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """A tile of the head, weight and LoRA factor in the GEMMs' dtype."""
 
-    device: torch.device
-    held: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor
+    """[v, H]"""
+    factor: Tensor | None
+    """[v, r]"""
+    bias: Tensor | None
+    """[v] fp32"""
 
-    def get(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """A view [rows, columns] of the buffer `name`, rows on 16-byte boundaries; its contents are arbitrary."""
-        stride = -(-columns // PADDING) * PADDING
-        flat = self.held.get(name)
-        if flat is None or flat.numel() < rows * stride:
-            flat = self.held[name] = torch.empty(rows * stride, dtype=dtype, device=self.device)
-        return flat[: rows * stride].view(rows, stride)[:, :columns]
+    @classmethod
+    def take(cls, x: Operands, start: int, stop: int, buffers: Buffers) -> "Columns":
+        compute = x.hidden.dtype
+        weight = buffers.cast("weight", x.weight[start:stop], compute)
+        factor = None if x.factor is None else buffers.cast("factor", x.factor[start:stop], compute)
+        return cls(weight, factor, None if x.bias is None else x.bias[start:stop].float())
 
-    def weight(self, weight: Tensor, compute: torch.dtype) -> Tensor:
-        """Rows of the weight in the GEMMs' dtype."""
-        return (
-            weight
-            if weight.dtype == compute
-            else self.get("weight", weight.shape[0], weight.shape[1], compute).copy_(weight)
-        )
-
-
-@dataclass(slots=True)
-class Kept:
-    """What the forward leaves for the backward beside inputs and outputs."""
-
-    state: TileState
-    inverse: Tensor
-    """[N] 1/sum, 0 where ignored."""
-    tiles: dict[int, Tensor] = field(default_factory=dict)
-    """Tile index: raw logits, fp32. Used up by the backward."""
-    unit: Tensor | None = None
-    """[N, H] d lp / d hidden (frozen plan)."""
-
-
-def _logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product(out, hidden, weight.t(), add=False)
-    return out if bias is None else out.add_(bias)
+    def logits(self, out: Tensor, x: Operands, rows: slice) -> Tensor:
+        product(out, x.hidden[rows], self.weight.t(), add=False)
+        if x.low is not None and self.factor is not None:
+            product(out, x.low[rows], self.factor.t(), add=True)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 def head_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    plan: Plan,
-    options: LogitOptions,
-    stats: tuple[str, ...],
-) -> tuple[Tensor, dict[str, Tensor], Kept]:
-    """hidden [N, H] in the GEMMs' dtype, weight [V, H], bias [V], targets [N]: log-probs [N], statistics, `Kept`."""
-    buffers, mask = Buffers(hidden.device), mask_of(stats)
-    state = TileState.start(targets, options)
-    kept = Kept(state, state.total)
-    if plan.name == "frozen":
-        kept.unit = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+    x: Operands, shard: sharding.Shard, call: HeadCall, kept: Kept
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """log-probs [N] and statistics; fills `kept` but for its two vectors, which it returns too."""
+    plan, buffers, mask = kept.plan, Buffers(x.hidden.device), mask_of(call.stats)
+    state, frozen = TileState.start(x.targets, call.options), kept.plan.name == "frozen"
     for k, v0, v1 in plan.columns():
-        w = buffers.weight(weight[v0:v1], hidden.dtype)
-        b = None if bias is None else bias[v0:v1].float()
+        head = Columns.take(x, v0, v1, buffers)
         for c, n0, n1 in plan.chunks():
-            keep = plan.tile_index(k, c) < plan.retained
-            shape = n1 - n0, v1 - v0
-            place = Buffers(hidden.device) if keep else buffers
-            z = _logits(place.get("logits", *shape, torch.float32), hidden[n0:n1], w, b)
+            chunk, shape = slice(n0, n1), (n1 - n0, v1 - v0)
+            keep = kept.keeps(k, c)
+            tile = kept.tile(k, c, *shape, padded=True) if keep else buffers.padded("logits", *shape, torch.float32)
+            z = head.logits(tile, x, chunk)
             rows = state.rows(n0, n1)
             rescale = fold_tile(z, rows, v0, mask)
-            if keep:
-                kept.tiles[plan.tile_index(k, c)] = z
-            if kept.unit is not None:
-                tile = buffers.get("rounded", *shape, hidden.dtype)
-                tile_gradient(z, tile, rows, v0, None, None)
-                unit = kept.unit[n0:n1]
-                if k > 0:
-                    unit.mul_(rescale.unsqueeze(1))
-                product(unit, tile, w, add=k > 0)
-    kept.inverse = state.inverse_total()
-    logps = state.logps()
-    if kept.unit is not None:
-        _finish_unit(kept.unit, kept, logps, weight, plan)
-    return logps, state.stats(stats, weight.shape[0]), kept
+            if frozen:
+                tile = tile_gradient(z, buffers.padded("rounded", *shape, call.compute), rows, v0, None, None)
+                for unit, other in ((kept.unit, head.weight), (kept.unit_low, head.factor)):
+                    if other is not None:
+                        if k > 0:
+                            unit[chunk].mul_(rescale.unsqueeze(1))
+                        product(unit[chunk], tile, other, add=k > 0)
+    scale = state.merge(shard, call.group) if call.group else None
+    inverse, logps = state.inverse_total(), state.logps()
+    if frozen:
+        _finish_units(kept, x, state, inverse, logps, scale, shard)
+    return logps, state.stats(call.stats, shard.vocabulary), state.maximum, inverse
 
 
-def _finish_unit(unit: Tensor, kept: Kept, logps: Tensor, weight: Tensor, plan: Plan) -> None:
+def _finish_units(
+    kept: Kept,
+    x: Operands,
+    state: TileState,
+    inverse: Tensor,
+    logps: Tensor,
+    scale: Tensor | None,
+    shard: sharding.Shard,
+) -> None:
     """unit = sum over other tokens of e^(x - m) dz W becomes slope * ((1 - p_target) dz W_target - unit / s), in
     place.
     """
-    unit.mul_((-kept.state.options.slope * kept.inverse).unsqueeze(1))
-    share = -kept.state.target_slope() * logps.expm1()
-    for _, start, stop in plan.chunks():
-        targets = kept.state.targets[start:stop].clamp(0, weight.shape[0] - 1)
-        unit[start:stop].addcmul_(share[start:stop].unsqueeze(1), weight.index_select(0, targets).float())
+    share = -state.target_slope() * logps.expm1()
+    if shard.elsewhere is not None:
+        share = share.where(x.targets != shard.elsewhere, 0.0)
+    others = -state.options.slope * (inverse if scale is None else inverse * scale)
+    for unit, head in ((kept.unit, x.weight), (kept.unit_low, x.factor)):
+        if head is None:
+            continue
+        unit.mul_(others.unsqueeze(1))
+        for _, start, stop in kept.plan.chunks():
+            targets = x.targets[start:stop].clamp(0, head.shape[0] - 1)
+            unit[start:stop].addcmul_(share[start:stop].unsqueeze(1), head.index_select(0, targets).float())
 
 
-def head_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grad: Tensor,
-    kept: Kept,
-    needs: tuple[bool, bool, bool],
-    plan: Plan,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dL/dhidden [N, H] fp32, dL/dweight and dL/dbias (their dtypes) where needed, from grad = dL/dlp [N] fp32."""
-    if kept.unit is not None:
-        return kept.unit * grad.unsqueeze(1), None, None
-    buffers, compute = Buffers(hidden.device), hidden.dtype
-    grad_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if needs[0] else None
-    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if needs[1] else None
-    grad_bias = torch.empty_like(bias) if needs[2] and bias is not None else None
-    scaled = kept.state.options.slope * grad
+def head_backward(x: Operands, logps: Tensor, grad: Tensor, kept: Kept, call: HeadCall) -> Gradients:
+    """The gradients that `call.needs` names, of this shard, from grad = dL/dlp [N] fp32; uses kept tiles up."""
+    if kept.plan.name == "frozen":
+        hidden = kept.unit * grad.unsqueeze(1) if call.needs.hidden else None
+        return Gradients(hidden, low=kept.unit_low * grad.unsqueeze(1) if call.needs.low else None)
+    plan, buffers, found = kept.plan, Buffers(x.hidden.device), Gradients.allocate(x, kept, call)
+    state = TileState.start(x.targets, call.options, kept.maximum)
+    scaled, fp32 = call.options.slope * grad, torch.float32
     for k, v0, v1 in plan.columns():
-        w = buffers.weight(weight[v0:v1], compute)
-        b = None if bias is None else bias[v0:v1].float()
+        head = Columns.take(x, v0, v1, buffers)
         summed = None
-        if grad_weight is not None:
-            direct = grad_weight.dtype == torch.float32
-            summed = (
-                grad_weight[v0:v1] if direct else buffers.get("grad_weight", v1 - v0, weight.shape[1], torch.float32)
-            )
-        columns = None if grad_bias is None else torch.zeros(v1 - v0, dtype=torch.float32, device=weight.device)
+        if found.weight is not None:
+            direct = found.weight.dtype == fp32
+            summed = found.weight[v0:v1] if direct else buffers.get("grad_weight", head.weight.shape, fp32)
         for c, n0, n1 in plan.chunks():
-            shape = n1 - n0, v1 - v0
-            z = kept.tiles.pop(plan.tile_index(k, c), None)
-            if z is None:
-                z = _logits(buffers.get("logits", *shape, torch.float32), hidden[n0:n1], w, b)
-            out = z if compute == torch.float32 else buffers.get("rounded", *shape, compute)
-            tile = tile_gradient(z, out, kept.state.rows(n0, n1), v0, kept.inverse[n0:n1], scaled[n0:n1])
-            if columns is not None:
-                columns += tile.sum(0, dtype=torch.float32)
-            if grad_hidden is not None:
-                product(grad_hidden[n0:n1], tile, w, add=k > 0)
+            chunk, shape = slice(n0, n1), (n1 - n0, v1 - v0)
+            if kept.keeps(k, c):
+                z = kept.tile(k, c, *shape, padded=True)
+            else:
+                z = head.logits(buffers.padded("logits", *shape, fp32), x, chunk)
+            out = z if call.compute == fp32 else buffers.padded("rounded", *shape, call.compute)
+            tile = tile_gradient(z, out, state.rows(n0, n1), v0, kept.inverse[chunk], scaled[chunk])
+            if found.bias is not None:
+                found.bias[v0:v1] += tile.sum(0, dtype=fp32)
+            if found.hidden is not None:
+                product(found.hidden[chunk], tile, head.weight, add=k > 0)
+            if found.low is not None and head.factor is not None:
+                product(found.low[chunk], tile, head.factor, add=k > 0)
             if summed is not None:
-                product(summed, tile.t(), hidden[n0:n1], add=c > 0)
-        if grad_weight is not None and summed is not None and grad_weight.dtype != torch.float32:
-            grad_weight[v0:v1].copy_(summed)
-        if grad_bias is not None and columns is not None:
-            grad_bias[v0:v1].copy_(columns)
-    return grad_hidden, grad_weight, grad_bias
+                product(summed, tile.t(), x.hidden[chunk], add=c > 0)
+            if found.factor is not None and x.low is not None:
+                product(found.factor[v0:v1], tile.t(), x.low[chunk], add=c > 0)
+        if found.weight is not None and summed is not None and found.weight.dtype != fp32:
+            found.weight[v0:v1].copy_(summed)
+    if found.bias is not None and x.bias is not None:
+        found.bias = found.bias.to(x.bias.dtype)
+    if found.factor is not None and x.factor is not None:
+        found.factor = found.factor.to(x.factor.dtype)
+    return found

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import sharding
 from ..common import STATS, LogitOptions
 from . import rows as _rows
 from .logits import LOG2_E, LOWEST, row_statistics, shaping, target_score, write_row_gradient, write_row_zeros
@@ -103,15 +104,26 @@ class TileState:
     plain: torch.Tensor
 
     @classmethod
-    def start(cls, targets: torch.Tensor, options: LogitOptions) -> "TileState":
+    def start(cls, targets: torch.Tensor, options: LogitOptions, maximum: torch.Tensor | None = None) -> "TileState":
+        """Nothing folded yet; or, for gradients, which need no more, the rows' whole maximum."""
         parts = torch.zeros(6, targets.numel(), dtype=torch.float32, device=targets.device)
-        parts[0], parts[2] = LOWEST.value, float("nan")
+        parts[0], parts[2] = LOWEST.value if maximum is None else maximum, float("nan")
         return cls(options, targets, *parts.unbind())
 
     def rows(self, start: int, stop: int) -> "TileState":
         """Views of rows [start, stop)."""
         parts = self.targets, self.maximum, self.total, self.target, self.weighted, self.squares, self.plain
         return TileState(self.options, *(part[start:stop] for part in parts))
+
+    def merge(self, shard: sharding.Shard, group: str) -> torch.Tensor:
+        """Make these the statistics of the whole vocabulary; returns e^(shard's maximum - whole maximum) [N]."""
+        mine = (self.targets != shard.elsewhere) & (self.targets != self.options.ignore_index)
+        self.target.copy_(torch.where(mine, self.target, float("-inf")))
+        local = self.maximum, self.total, self.target, self.weighted, self.squares, self.plain
+        whole, scale = sharding.merge(sharding.RowSums(*local), shaping(self.options)[3], group)
+        for part, merged in zip(local, whole, strict=True):
+            part.copy_(merged)
+        return scale.float()
 
     def _kept(self, values: torch.Tensor) -> torch.Tensor:
         return torch.where(self.targets != self.options.ignore_index, values, 0.0)
@@ -131,7 +143,7 @@ class TileState:
             return self._kept(torch.full_like(self.target, slope))
         return self._kept(slope * (1.0 - (self.target / self.options.softcap).square()))
 
-    def stats(self, names: tuple[str, ...], vocabulary: int) -> dict[str, torch.Tensor]:
+    def stats(self, names: tuple[str, ...], vocabulary: int | torch.Tensor) -> dict[str, torch.Tensor]:
         """The statistics of `TokenStats` that were asked for, [N] each."""
         outside = shaping(self.options)[3]
         found = {
