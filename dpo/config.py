@@ -186,6 +186,20 @@ class DemoConfig:
     """Seed of the model, the order of the data and the samples."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Examine this machine: versions, devices, what would run and why, a self-test of the kernels, advice."""
+
+    model: str | None = None
+    """Also tell how this model would be packed and what it takes: an id or a folder. Loads no weights."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N. auto takes CUDA where it is found."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
