@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from dpo import __version__
-from dpo.config import DemoConfig, DoctorConfig, ScoreConfig, TrainConfig, yaml_to_args
+from dpo.config import DemoConfig, DoctorConfig, ReportConfig, ScoreConfig, TrainConfig, yaml_to_args
 from dpo.errors import UserError
 
 Command = (
@@ -18,6 +18,7 @@ Command = (
     | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
     | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
+    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
 )
 _CONFIGS = {"train": TrainConfig, "score": ScoreConfig}
 
@@ -58,6 +59,10 @@ def run(config: Any) -> None:
         from dpo.score import score
 
         score(config)
+    elif isinstance(config, ReportConfig):
+        from dpo.report import report
+
+        report(config)
     elif isinstance(config, DoctorConfig):
         from dpo.doctor import doctor
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,15 +19,14 @@ from dpo_kernels.backends import resolve_backend, triton_problem
 from dpo_kernels.products import onednn_is_faster
 from packaging.requirements import Requirement
 
-from dpo import __version__
 from dpo.config import DoctorConfig
 from dpo.console import console, say
 from dpo.errors import UserError
 from dpo.inputs import resolve_device
+from dpo.machine import GIB, cpu_quota, describe_cpu, describe_gpu, free_memory, version, versions
 from dpo.selftest import Check, check_kernels
 from dpo.varlen import default_varlen
 
-PACKAGES = ("torch", "triton", "transformers", "datasets", "safetensors", "tyro", "matplotlib")
 EXTRAS = {
     "flash-attn": "variable-length attention with soft-capping and windows on CUDA",
     "peft": "LoRA",
@@ -39,7 +37,6 @@ EXTRAS = {
     "wandb": "--log-to wandb",
     "trackio": "--log-to trackio",
 }
-GIB = 1 << 30
 SELF_TEST_SECONDS = 5.0
 
 
@@ -58,7 +55,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     report: dict[str, Any] = {
         "ok": True,
         "versions": _versions(problems),
-        "extras": {name: _version(name) for name in EXTRAS},
+        "extras": {name: version(name) for name in EXTRAS},
         "devices": [_cpu(advice), *(_gpu(k, advice) for k in range(torch.cuda.device_count()))],
         "backends": backends(device, advice),
     }
@@ -75,23 +72,16 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     return report
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _versions(problems: list[str]) -> dict[str, str | None]:
     """Installed versions; a required package that is missing or out of range is a problem."""
     required = [Requirement(text) for text in _requirements()]
     for need in required:
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):
             continue
-        found = _version(need.name)
+        found = version(need.name)
         if found is None or not need.specifier.contains(found, prereleases=True):
             problems.append(f"{need.name}: expected {need.specifier or 'it installed'}, found {found or 'none'}")
-    return {"fused-dpo": __version__, "python": platform.python_version()} | {n: _version(n) for n in PACKAGES}
+    return versions()
 
 
 def _requirements() -> list[str]:
@@ -102,11 +92,9 @@ def _requirements() -> list[str]:
 
 
 def _cpu(advice: list[str]) -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
-    quota = _cpu_quota()
-    usable = min(float(cores or 1), quota or float("inf"))
-    free, total = free_memory()
+    found = describe_cpu()
+    threads, free = found["threads"], found["memory_free_bytes"]
+    usable = min(float(found["cores"]), cpu_quota() or float("inf"))
     if threads > usable:
         advice.append(f"{threads} threads on {usable:g} usable cores slow each other down: set OMP_NUM_THREADS")
     elif threads < int(usable) // 2:
@@ -116,66 +104,18 @@ def _cpu(advice: list[str]) -> dict[str, Any]:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 1.5 * usable:
         advice.append(f"other programs keep the cores busy (load {load:.1f} on {usable:g}): timings will mislead")
-    return {
-        "device": "cpu",
-        "name": _cpu_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": cores,
-        "threads": threads,
-        "memory_free_bytes": free,
-        "memory_total_bytes": total,
-        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cpu_quota() -> float | None:
-    """Cores that the control group allows, where it limits them."""
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    if not limit.exists():
-        return None
-    quota, period = limit.read_text().split()
-    return None if quota == "max" else int(quota) / int(period)
-
-
-def free_memory() -> tuple[int | None, int | None]:
-    """Free and total bytes of main memory, within the control group's limit."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return None, None
-    lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
-    free, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        most = int(limit.read_text())
-        free, total = min(free, most - int(used.read_text())), min(total, most)
-    return free, total
+    return found | {"disk_free_bytes": shutil.disk_usage(Path.cwd()).free}
 
 
 def _gpu(index: int, advice: list[str]) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(index)
-    free, total = torch.cuda.mem_get_info(index)
+    found = describe_gpu(index)
+    free, total = found["memory_free_bytes"], found["memory_total_bytes"]
     if free < 0.5 * total:
-        advice.append(
-            f"cuda:{index}: {free / GIB:.1f} of {total / GIB:.1f} GiB are free: another process holds the rest"
-        )
-    if (properties.major, properties.minor) < (8, 0) and torch.version.hip is None:
-        advice.append(f"cuda:{index}: compute capability {properties.major}.{properties.minor} has no fast bf16")
-    return {
-        "device": f"cuda:{index}",
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "runtime": f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}",
-        "memory_free_bytes": free,
-        "memory_total_bytes": total,
-    }
+        amount = f"{free / GIB:.1f} of {total / GIB:.1f} GiB"
+        advice.append(f"cuda:{index}: {amount} are free: another process holds the rest")
+    if not found["bf16"]:
+        advice.append(f"cuda:{index}: compute capability {found['capability']} has no fast bf16")
+    return found
 
 
 def backends(device: torch.device, advice: list[str]) -> list[dict[str, str]]:
