@@ -20,6 +20,7 @@ _FREE = {
     "config", "resume", "overwrite", "output", "epochs", "max_steps", "eval_data", "eval_split", "eval_every",
     "save_every", "keep_checkpoints", "log_every", "token_budget", "share_prefix", "padded", "check_sharing", "device",
     "head_plan", "head_workspace_mb", "kernel_backend", "gradient_checkpointing", "reference", "two_phase",
+    "log_to", "sample_prompts", "samples_per_prompt", "sample_tokens", "sample_temperature",
     "data_workers", "max_skipped", "trust_remote_code", "max_bad_fraction",
 }  # fmt: skip
 

@@ -10,19 +10,22 @@ from typing import Annotated, Any
 import tyro
 
 from dpo import __version__
-from dpo.config import DemoConfig, ScoreConfig, TrainConfig, yaml_to_args
+from dpo.config import DemoConfig, DoctorConfig, ReportConfig, ScoreConfig, TrainConfig, yaml_to_args
 from dpo.errors import UserError
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
+    | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
+    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
 )
 _CONFIGS = {"train": TrainConfig, "score": ScoreConfig}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `dpo` and exits: 0 on success, 2 for what the user can mend, 130 when interrupted."""
+    """Runs `dpo` and exits: 0 on success, 1 when `dpo doctor` finds a problem, 2 for what the user can mend, 130 when
+    interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     # data workers fork after the tokenizer has run threads, and never tokenise: its warning about that is moot
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -56,6 +59,15 @@ def run(config: Any) -> None:
         from dpo.score import score
 
         score(config)
+    elif isinstance(config, ReportConfig):
+        from dpo.report import report
+
+        report(config)
+    elif isinstance(config, DoctorConfig):
+        from dpo.doctor import doctor
+
+        if not doctor(config)["ok"]:
+            raise SystemExit(1)
     else:
         from dpo.demo.run import demo
 

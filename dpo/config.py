@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 
 from dpo.comparisons import Comparisons, Kind
@@ -156,6 +157,17 @@ class TrainConfig(InputConfig):
     """Go on from the newest checkpoint under --output."""
     overwrite: bool = False
     """Replace the run that --output holds."""
+    log_to: tuple[Literal["none", "tensorboard", "wandb", "trackio"], ...] | None = None
+    """Live curves: tensorboard, wandb, trackio, several of them, or none. None: TensorBoard where it is installed."""
+    sample_prompts: str | None = None
+    """Write with policy and reference at every evaluation: a number takes so many prompts of the held-out data, else a
+    .txt file of prompts, one a line, or a file with a field `prompt`."""
+    samples_per_prompt: int = 1
+    """Samples of each prompt."""
+    sample_tokens: int = 128
+    """Longest sample, in tokens."""
+    sample_temperature: float = 1.0
+    """Temperature of the samples and of the KL estimated from them. 0: the most likely token, and no KL."""
     data_workers: int | None = None
     """Processes that draw and pack batches. None: 0 on CPU, 2 on CUDA."""
     seed: int = 0
@@ -164,10 +176,12 @@ class TrainConfig(InputConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive = ("pairs_per_step", "groups_per_step", "epochs", "max_steps", "lr", "log_every")
+        positive += ("samples_per_prompt", "sample_tokens")
         for name in (*positive, "keep_checkpoints", "max_skipped"):
             value = getattr(self, name)
             _require(value is None or value > 0, _flag(name), "a positive number", value)
-        for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every", "data_workers"):
+        unsigned = ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every", "data_workers")
+        for name in (*unsigned, "sample_temperature"):
             value = getattr(self, name)
             _require(value is None or value >= 0, _flag(name), "zero or more", value)
         _require(0 <= self.label_smoothing < 0.5, "--label-smoothing", "0 <= value < 0.5", self.label_smoothing)
@@ -181,6 +195,12 @@ class TrainConfig(InputConfig):
         )
         _require(0 <= self.eval_fraction < 1, "--eval-fraction", "0 <= value < 1", self.eval_fraction)
         same = self.eval_data == self.data and self.eval_split == self.data_split
+        if self.sample_prompts is not None:
+            _require(self.sample_prompts != "0", "--sample-prompts", "at least 1 prompt, or a file", 0)
+            held_out = self.eval_data or self.eval_fraction
+            _require(bool(held_out), "--sample-prompts", "--eval-data or --eval-fraction beside it", "neither")
+        if self.log_to is not None and "none" in self.log_to:
+            _require(self.log_to == ("none",), "--log-to none", "nothing beside it", " ".join(self.log_to))
         _require(not same, "--eval-data", "other data or another --eval-split than --data", f"{self.eval_data} again")
         _require(
             not (self.eval_data and self.eval_fraction), "--eval-fraction", "no --eval-data beside it", self.eval_data
@@ -211,6 +231,30 @@ class DemoConfig:
     """Seed of the model, the order of the data and the samples."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write one HTML page about a run: curves, held-out pairs, samples, warnings, settings. It loads nothing."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run folder."""
+    output: str | None = None
+    """The file to write. None: report.html in the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Examine this machine: versions, devices, what would run and why, a self-test of the kernels, advice."""
+
+    model: str | None = None
+    """Also tell how this model would be packed and what it takes: an id or a folder. Loads no weights."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N. auto takes CUDA where it is found."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -236,11 +280,17 @@ def yaml_to_args(path: str, config: type) -> list[str]:
             raise UserError(f"--config {path}: unknown setting {name!r}; known are {', '.join(sorted(known))}")
         if isinstance(value, bool):
             words.append(_flag(name) if value else _flag("no_" + name))
+        elif name in _LISTS and isinstance(value, list):
+            words += [_flag(name), *map(str, value)]
         elif isinstance(value, Sequence | Mapping) and not isinstance(value, str):
             raise UserError(f"--config {path}: {name}: expected one value, found a {type(value).__name__}")
         else:
             words += [_flag(name), str(value)]
     return words
+
+
+_LISTS = {"log_to"}
+"""Settings that take several values."""
 
 
 def _one_line(error: Exception) -> str:
@@ -249,5 +299,16 @@ def _one_line(error: Exception) -> str:
 
 def to_yaml(config: Any) -> str:
     """The resolved settings as YAML that `--config` reads back."""
+    return yaml.safe_dump(to_settings(config), sort_keys=False)
+
+
+def defaults_of(config: type) -> dict[str, Any]:
+    """The settings that have a default, by name, as `to_settings` gives them."""
+    fields = [field for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING]
+    return {field.name: list(field.default) if isinstance(field.default, tuple) else field.default for field in fields}
+
+
+def to_settings(config: Any) -> dict[str, Any]:
+    """The resolved settings by name."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "config"}
-    return yaml.safe_dump(settings, sort_keys=False)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}

@@ -5,7 +5,7 @@ T pairs, C completions, N completion rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,9 @@ def _record(result: StepResult, b: Bin, logps: Tensor, out: Any, share: float = 
     result.sums.add(
         loss=out.loss, chosen_rewards=out.chosen_rewards, rejected_rewards=out.rejected_rewards, share=share
     )
-    sums = completion_sums(logps, b.batch)
-    result.sums.add_logps(sums, b.batch.completion_lengths, b.batch.chosen, b.batch.rejected)
+    lengths, margins = b.batch.completion_lengths, out.chosen_rewards - out.rejected_rewards
+    result.sums.add_logps(completion_sums(logps, b.batch), lengths, b.batch.chosen, b.batch.rejected)
+    result.sums.add_lengths(margins, lengths, b.batch.chosen, b.batch.rejected)
     result.logps.append((b, logps.detach()))
 
 
@@ -75,16 +76,29 @@ def _record_coupled(result: StepResult, step: StepBatch, out: CoupledLoss) -> No
         lengths[b.completions] = b.batch.completion_lengths.to(device)
         result.logps.append((b, logps))
     result.sums.add_logps(sums, lengths, coupled.chosen, coupled.rejected)
+    result.sums.add_lengths(out.chosen_rewards - out.rejected_rewards, lengths, coupled.chosen, coupled.rejected)
 
 
 def evaluate(
-    model: Any, steps: Iterable[StepBatch], ref_logps: RefLogps, objective: Objective, device: torch.device
+    model: Any,
+    steps: Iterable[StepBatch],
+    ref_logps: RefLogps,
+    objective: Objective,
+    device: torch.device,
+    see: Callable[[StepBatch, StepResult], None] | None = None,
 ) -> dict[str, float]:
-    """Loss, accuracy, margin, rewards and log-probs per token over held-out steps: means over all of their pairs."""
+    """Loss, accuracy, margin, rewards and log-probs per token over held-out steps: means over all of their pairs.
+
+    see: called with each step (on the device) and its result.
+    """
     training = model.training
     model.eval()
     total = PairSums(device)
     for step in steps:
-        total.sums += forward_only(model, step.to(device), ref_logps, objective).sums.sums
+        moved = step.to(device)
+        result = forward_only(model, moved, ref_logps, objective)
+        total.sums += result.sums.sums
+        if see is not None:
+            see(moved, result)
     model.train(training)
     return total.read()

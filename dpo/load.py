@@ -31,10 +31,7 @@ def load_model(
     Raises UserError when nothing is there, when it is not a causal LM, or when weights are missing from the checkpoint.
     """
     options = _source(path, name)
-    config = _load(AutoConfig.from_pretrained, name, path, **options, trust_remote_code=trust_remote_code)
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.is_encoder_decoder or not (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
-        raise UserError(f"{name} {path}: expected a causal language model, found model type {config.model_type!r}")
+    config = load_config(path, trust_remote_code=trust_remote_code, name=name)
     if not keep_dropout:
         _zero_dropout(config, name)
     model, info = _load(
@@ -57,6 +54,15 @@ def load_model(
         raise UserError(f"{name} {path}: expected plain weights, found weights quantized with {kind}, not trainable")
     model.config.use_cache = False
     return model
+
+
+def load_config(path: str, *, trust_remote_code: bool = False, name: str = "--model") -> Any:
+    """Load a model's configuration. Raises UserError when there is none, or when it is not of a causal LM."""
+    config = _load(AutoConfig.from_pretrained, name, path, **_source(path, name), trust_remote_code=trust_remote_code)
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.is_encoder_decoder or not (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise UserError(f"{name} {path}: expected a causal language model, found model type {config.model_type!r}")
+    return config
 
 
 def load_tokenizer(

@@ -26,6 +26,9 @@ _SUMS = (
     "rejected_logp",
     "chosen_tokens",
     "rejected_tokens",
+    "margin_squared",
+    "length_squared",
+    "margin_length",
 )
 
 
@@ -57,6 +60,14 @@ class PairSums:
             self.sums[k] += completion_logps.detach().double()[side].sum()
             self.sums[k + 2] += lengths[side].sum()
 
+    def add_lengths(self, margins: Tensor, lengths: Tensor, chosen: Tensor, rejected: Tensor) -> None:
+        """Adds what the correlation of reward and length within pairs needs: margins [T], lengths [C]."""
+        lengths = lengths.to(margins.device).double()
+        margins, longer = margins.double(), lengths[chosen] - lengths[rejected]
+        self.sums[9] += margins.square().sum()
+        self.sums[10] += longer.square().sum()
+        self.sums[11] += (margins * longer).sum()
+
     @property
     def loss(self) -> Tensor:
         """The step's loss so far, a float64 scalar on the device."""
@@ -74,6 +85,11 @@ class PairSums:
             "rejected_reward": s["rejected_reward"] / pairs,
             "chosen_logps_per_token": s["chosen_logp"] / max(s["chosen_tokens"], 1.0),
             "rejected_logps_per_token": s["rejected_logp"] / max(s["rejected_tokens"], 1.0),
+            "chosen_tokens": s["chosen_tokens"] / pairs,
+            "rejected_tokens": s["rejected_tokens"] / pairs,
+            "margin_squared": s["margin_squared"] / pairs,
+            # of the deviations from the pair's mean: 1 where rewards grow with length, 0 where they do not depend on it
+            "length_correlation": s["margin_length"] / max((s["margin_squared"] * s["length_squared"]) ** 0.5, 1e-12),
             "pairs": int(s["pairs"]),
         }
 

@@ -14,6 +14,7 @@ from dpo.errors import UserError
 from dpo.metrics import JsonLines, peak_memory_bytes
 from dpo.optim import Update
 from dpo.steps import StepBatch
+from dpo.watch import Watch
 
 
 class RunLog:
@@ -22,10 +23,12 @@ class RunLog:
     Records carry the number of updates before them in `step`: both files say what the weights after `step` updates do.
     """
 
-    def __init__(self, run: Path, *, start: int, max_skipped: int) -> None:
+    def __init__(self, run: Path, *, start: int, max_skipped: int, watch: Watch) -> None:
         self.metrics = JsonLines(run / "metrics.jsonl", before_step=start)
         self.eval = JsonLines(run / "eval.jsonl", before_step=start + 1)
         self.evals: list[dict[str, Any]] = list(self.eval.kept)
+        self.watch = watch
+        watch.resume(self.metrics.kept)
         self.max_skipped, self.skipped_in_a_row = max_skipped, 0
         self._pending: tuple[StepBatch, StepResult, Update, dict[str, float]] | None = None
         self.restart_clock()
@@ -64,6 +67,7 @@ class RunLog:
         }
         self.metrics.write(record)
         bar.advance(pairs=step.num_pairs, tokens=step.num_tokens, info=brief(record))
+        self.watch.step(record)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if skipped:
             notice(f"step {step.index}: loss or gradient not finite, update skipped ({_suspects(result)})")
@@ -78,11 +82,13 @@ class RunLog:
         record = {"step": done, **means}
         self.eval.write(record)
         self.evals.append(record)
+        self.watch.evaluated(record)
         say(f"held out after {done} steps: {brief(means)}")
 
     def close(self) -> None:
         self.metrics.close()
         self.eval.close()
+        self.watch.close()
 
 
 class NotFinite(UserError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from dpo.cpu import keep_freed_memory
 from dpo.curves import draw_curves
 from dpo.engine import evaluate, forward_backward
 from dpo.errors import UserError
+from dpo.evalpairs import EvalPairs
+from dpo.facts import write_facts
 from dpo.inputs import (
     Policy,
     check_first_bin,
@@ -32,7 +35,11 @@ from dpo.loss import Objective, RefLogps
 from dpo.optim import apply_update, build_optimizer, set_lr, warmup_then_constant
 from dpo.reference import CachedReference, OnlineReference, freeze
 from dpo.runlog import NotFinite, RunLog
+from dpo.sampler import ReferenceModel, Sampler
+from dpo.samples import plan_samples
 from dpo.steps import StepBatch, StepDataset, eval_steps
+from dpo.trackers import chosen_trackers
+from dpo.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -53,12 +60,16 @@ def train(config: TrainConfig) -> TrainResult:
     keep_freed_memory()
     checkpoint = find_run(config)
     torch.manual_seed(config.seed)
+    chosen_trackers(config)
     policy = load_policy(config, str(checkpoint / "model") if checkpoint else None, dropout=config.dropout)
     model, device = policy.model, policy.device
     data, eval_data = load_train_and_eval(config, policy)
     objective, plan = objective_of(config), plan_of(config)
     steps = StepDataset(data, plan, epochs=config.epochs, max_steps=config.max_steps)
     evals = eval_steps(eval_data, plan) if eval_data is not None else []
+    samples = None
+    if config.sample_prompts and eval_data is not None:
+        samples = plan_samples(config, policy.tokenizer, model, eval_data)
     if checkpoint is None:
         warn_about_schedule(config, len(steps))
         check_first_bin(config, model, data, steps.steps[0][1])
@@ -74,7 +85,14 @@ def train(config: TrainConfig) -> TrainResult:
     ref_logps, eval_ref_logps = _references(config, policy, objective, steps, evals, start)
 
     run = start_run(config)
-    log = RunLog(run, start=start, max_skipped=config.max_skipped)
+    write_facts(run, policy, data, eval_data)
+    watch = Watch(run, config, start=start)
+    if eval_data is not None:
+        watch.pairs = EvalPairs(eval_data, eval_ref_logps, config.beta)
+    if samples is not None:
+        lend = _reference_lender(config, policy, objective, eval_ref_logps)
+        watch.sampler = Sampler(run, samples, policy, lend, objective, start=start)
+    log = RunLog(run, start=start, max_skipped=config.max_skipped, watch=watch)
     started = time.perf_counter()
     with Bar("train", len(steps), done=start, log_every=config.log_every) as bar:
         if start == 0:
@@ -155,6 +173,22 @@ def _references(
     return cached, eval_cached
 
 
+def _reference_lender(config: TrainConfig, policy: Policy, objective: Objective, ref_logps: RefLogps) -> ReferenceModel:
+    """Lends the reference as a model: the one in memory, or else loaded for as long as it is lent."""
+
+    @contextmanager
+    def lend(done: int) -> Iterator[Any]:
+        if isinstance(ref_logps, OnlineReference):
+            yield ref_logps.model
+        elif done == 0 and config.reference_model is None:
+            yield policy.model
+        else:
+            model = load_network(config, config.reference_model or config.model, flag="--reference-model")
+            yield freeze(model, objective)
+
+    return lend
+
+
 def _evaluate(
     log: RunLog,
     bar: Bar,
@@ -166,7 +200,8 @@ def _evaluate(
 ) -> None:
     if evals:
         log.flush(bar)
-        log.evaluated(done, evaluate(policy.model, evals, ref_logps, objective, policy.device))
+        means = evaluate(policy.model, evals, ref_logps, objective, policy.device, log.watch.see)
+        log.evaluated(done, means | log.watch.sample(done))
 
 
 def _finish(log: RunLog, bar: Bar, policy: Policy, config: TrainConfig, seconds: float) -> None:
