@@ -1,0 +1,101 @@
+"""Sizes of the experiment, and the methods that it compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a loss of the registry, its strength, and after which steps to measure the policy."""
+
+    method: str
+    setting: str
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    options: dict[str, Any] = field(default_factory=dict)
+    rankings: bool = False
+    """Train on the order of a prompt's completions (Plackett-Luce) instead of on their pairs."""
+    lr_factor: float = 1.0
+    measure_after: tuple[float, ...] = (1.0,)
+    """Fractions of the steps."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.setting}".strip()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a point depends on, beside its method and the seed."""
+
+    name: str = "full"
+    snippets: int = 10_000
+    vocabulary: int = 2048
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    epochs: int = 3
+    language_lr: float = 4e-3
+    language_batch: int = 64
+    prompt_tokens: int = 4
+    """Tokens of a review's beginning; the end-of-sequence stands before them, as it does in fine-tuning."""
+    max_new_tokens: int = 24
+    prompts: int = 1024
+    completions: int = 4
+    prompts_per_step: int = 16
+    optimizer: str = "rmsprop"
+    lr: float = 5e-4
+    warmup_steps: int = 8
+    grad_clip: float = 10.0
+    held_out: int = 250
+    """Prompts that every point is measured on."""
+    samples: int = 4
+    """Samples of each of them."""
+    betas: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03)
+    best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    rl_betas: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01)
+    rl_lr: float = 5e-4
+    sweep: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
+    """Fractions of the steps at which the baselines without a beta are measured."""
+
+
+FULL = Settings()
+QUICK = replace(
+    FULL,
+    name="quick",
+    snippets=600,
+    vocabulary=512,
+    hidden=32,
+    layers=1,
+    epochs=1,
+    prompts=32,
+    held_out=16,
+    max_new_tokens=12,
+    betas=(1.0, 0.1),
+    best_of=(1, 4),
+    rl_betas=(),
+    sweep=(1.0,),
+)
+
+
+def runs(settings: Settings) -> list[Run]:
+    """Every training run with the project's own trainer."""
+    found = []
+    for beta in settings.betas:
+        text = f"beta {beta:g}"
+        found += [
+            Run("DPO", text, beta=beta),
+            Run("cDPO", text, beta=beta, options={"label_smoothing": 0.1}),
+            Run("IPO", text, "ipo", beta, {"token_reduction": "sum"}),
+            Run("Plackett-Luce", text, beta=beta, rankings=True),
+        ]
+    for factor in (1.0, 3.0):
+        setting = f"lr x{factor:g}"
+        found.append(Run("preferred-ft", setting, "sft", lr_factor=factor, measure_after=settings.sweep))
+    for alpha in (0.1, 0.3, 1.0):
+        options = {"unlikelihood_alpha": alpha}
+        setting = f"weight {alpha:g}"
+        found.append(Run("unlikelihood", setting, "unlikelihood", options=options, measure_after=settings.sweep))
+    return found
