@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from dpo_kernels import linear_token_logps
+from dpo_kernels.scaling import logit_scaling
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -127,18 +128,8 @@ def head_of(model: PreTrainedModel) -> Head:
     linear = model.get_output_embeddings()
     if linear is None or not isinstance(getattr(linear, "weight", None), Tensor):
         raise ValueError(f"model: expected a linear LM head, found {type(linear).__name__} in {type(model).__name__}")
-    config = model.config.get_text_config(decoder=True)
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):
-        # Granite divides by it, HyperCLOVA X multiplies
-        multiplies = config.model_type.startswith("hyperclovax")
-        scale = config.logits_scaling if multiplies else 1.0 / config.logits_scaling
-    elif getattr(config, "logit_scale", None):
-        scale = config.logit_scale
-    elif getattr(config, "lm_head_multiplier", None):
-        scale = config.lm_head_multiplier
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(linear.weight, getattr(linear, "bias", None), float(scale), softcap, linear.weight.requires_grad)
+    scale, softcap = logit_scaling(model.config.get_text_config(decoder=True))
+    return Head(linear.weight, getattr(linear, "bias", None), scale, softcap, linear.weight.requires_grad)
 
 
 def head_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, **head_options: Any) -> Tensor:
