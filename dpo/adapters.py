@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from dpo.errors import UserError
 
 TRAINED, REFERENCE = "default", "reference"
@@ -65,7 +67,8 @@ def factors(model: Any) -> Iterator[Any]:
     for module in model.modules():
         for name in getattr(module, "adapter_layer_names", ()):
             held = getattr(module, name, None)
-            yield from held.modules() if hasattr(held, "modules") else ()
+            if isinstance(held, nn.Module):
+                yield from held.modules()
 
 
 def is_adapter(path: str | Path) -> bool:

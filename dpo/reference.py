@@ -30,10 +30,7 @@ def store_frozen(model: Any, objective: Objective) -> Any:
     if objective.autocast is None:
         return model
     head = model.get_output_embeddings()
-    kept = {
-        *head.modules(),
-        *(m for held in model.modules() if isinstance(held, nn.ModuleDict) for m in held.modules()),
-    }
+    kept = {*head.modules(), *factors(model)}
     for module in model.modules():
         if isinstance(module, nn.Linear) and module not in kept and not module.weight.requires_grad:
             module.to(objective.autocast)
