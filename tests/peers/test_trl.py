@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.train.toy import write_model
 
 pytestmark = pytest.mark.peers
-trl: Any = pytest.importorskip("trl", reason="the peers extra is not installed")
 
 QUIET = {
     "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
@@ -28,6 +27,11 @@ QUIET = {
 }  # fmt: skip
 TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}
 TIMES |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+
+
+def trl() -> Any:
+    """The peer; its import takes seconds, and only these tests need it."""
+    return pytest.importorskip("trl", reason="the peers extra is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +53,8 @@ def pairs(count: int = 32, seed: int = 0, note: str = "") -> Dataset:
 def build(toy, tmp_path, cls: Any = None, *, model: Any = None, **options: Any) -> Any:
     """A trainer as users make it; `cls` is the class (None: TRL's own)."""
     extra = {name: options.pop(name) for name in ("peft_config", "eval_dataset") if name in options}
-    args = trl.DPOConfig(output_dir=str(tmp_path / "out"), **QUIET | {"max_steps": 3} | options)
-    return (cls or trl.DPOTrainer)(
+    args = trl().DPOConfig(output_dir=str(tmp_path / "out"), **QUIET | {"max_steps": 3} | options)
+    return (cls or trl().DPOTrainer)(
         model=model or AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32),
         args=args,
         train_dataset=pairs(note=str(tmp_path)),
@@ -98,10 +102,10 @@ def test_twenty_steps_have_trls_curve_and_metrics(toy, tmp_path):
 
 
 def test_the_class_and_the_trainer_compute_the_same_and_step_0_is_exact(toy, tmp_path):
-    ours = run(build(toy, tmp_path, patch_trl(trl.DPOTrainer)))
+    ours = run(build(toy, tmp_path, patch_trl(trl().DPOTrainer)))
     assert ours == run(patch_trl(build(toy, tmp_path)))
     assert ours[0]["rewards/margins"] == ours[0]["rewards/chosen"] == 0.0
-    assert trl.DPOTrainer._compute_loss.__module__.startswith("trl.")  # nothing global was changed
+    assert trl().DPOTrainer._compute_loss.__module__.startswith("trl.")  # nothing global was changed
 
 
 def test_only_completion_rows_reach_the_head(toy, tmp_path, monkeypatch):
@@ -146,7 +150,7 @@ HONOURED = {
 def test_honoured_options_compute_what_trl_computes(toy, tmp_path, options, form):
     theirs = run(build(toy, tmp_path / "a", **options))
     if form == "class":
-        ours = run(build(toy, tmp_path / "b", patch_trl(trl.DPOTrainer), **options))
+        ours = run(build(toy, tmp_path / "b", patch_trl(trl().DPOTrainer), **options))
     else:
         ours = run(patch_trl(build(toy, tmp_path / "b", **options)))
     assert_same(ours, theirs)
@@ -206,7 +210,7 @@ REFUSED = {
 @pytest.mark.parametrize(("name", "value"), REFUSED.items(), ids=REFUSED.keys())
 def test_other_options_are_refused_by_name_and_value(toy, tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"^{name}: patch_trl expected .*found {value!r}".replace("[", r"\[")):
-        build(toy, tmp_path, patch_trl(trl.DPOTrainer), **{name: value})
+        build(toy, tmp_path, patch_trl(trl().DPOTrainer), **{name: value})
     trainer = build(toy, tmp_path)
     setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=f"^{name}: "):
@@ -215,7 +219,7 @@ def test_other_options_are_refused_by_name_and_value(toy, tmp_path, name, value)
 
 def test_several_losses_and_adapters_of_the_head_are_refused(toy, tmp_path):
     with pytest.raises(ValueError, match="loss_type"):
-        build(toy, tmp_path, patch_trl(trl.DPOTrainer), loss_type=["sigmoid", "sft"])
+        build(toy, tmp_path, patch_trl(trl().DPOTrainer), loss_type=["sigmoid", "sft"])
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="peft_config: patch_trl expected no adapter"):
@@ -236,7 +240,7 @@ def test_every_option_of_dpo_config_is_accounted_for():
     """A field that a later TRL adds must be sorted: outside loss and head, honoured, or refused."""
     from transformers import TrainingArguments
 
-    own = set(trl.DPOConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
+    own = set(trl().DPOConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
     outside = {"model_init_kwargs", "trust_remote_code", "disable_dropout", "dataset_num_proc", "max_length"}
     outside |= {"truncation_mode", "pad_to_multiple_of", "activation_offloading", "pad_token"}
     honoured = {"loss_weights", "beta", "use_weighting", "precompute_ref_log_probs", "precompute_ref_batch_size"}
@@ -251,7 +255,7 @@ from pathlib import Path
 from dpo_kernels import patch_trl
 from tests.peers.test_trl import build, run, trl
 patched, toy, folder = sys.argv[1] == "patched", Path(sys.argv[2]), Path(sys.argv[3])
-trainer = build(toy, folder, patch_trl(trl.DPOTrainer) if patched else None, per_device_train_batch_size=2)
+trainer = build(toy, folder, patch_trl(trl().DPOTrainer) if patched else None, per_device_train_batch_size=2)
 assert trainer.accelerator.num_processes == 2
 records = run(trainer)
 if trainer.accelerator.is_main_process:
