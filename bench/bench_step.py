@@ -19,7 +19,7 @@ import pytest
 
 from bench import report
 from bench.timing import interleave
-from bench.worker import SIDES, Worker
+from bench.worker import EXTRA_SIDES, SIDES, Worker
 from bench.workload import MIXES, TINY_MIXES, TINY_MODEL, LengthMix, StepSettings, describe
 
 LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 3e-2}
@@ -78,8 +78,8 @@ def measure(
     tokens = {"tokens": describe(mix.draw(effort.steps, *drawing)), "tokens_of_mix": describe(mix.population(*drawing))}
     cell |= {"effort": asdict(effort), **tokens, "sides": found, "note": note}
     if profiled:
-        cell |= {"profile": profiled[0], "ratios": report.ratios(found)}
-    return cell | {"environment": report.environment(report.command_line())}
+        cell["profile"] = profiled[0]
+    return cell | {"ratios": report.ratios(found), "environment": report.environment(report.command_line())}
 
 
 def check_losses(answers: dict[str, list[Any]], dtype: str) -> None:
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--mix", choices=MIXES, default="summarise")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--optimizer", choices=("rmsprop", "adamw"), default="rmsprop")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--sides", nargs="+", choices=(*SIDES, *EXTRA_SIDES), default=SIDES)
     parser.add_argument("--steps", type=int, default=FULL.steps)
     parser.add_argument("--rounds", type=int, default=FULL.rounds)
     parser.add_argument("--threads", type=int, default=2)

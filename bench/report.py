@@ -61,8 +61,11 @@ def _cpu() -> str:
 
 
 def ratios(sides: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """How `shared` stands to the others: times by the minimum and by the median, peak memory, time over the floor."""
-    ours, found = sides["shared"], {}
+    """How `shared` (else the patched TRL) stands to the others: times by the minimum and by the median, peak memory, time
+    over the floor."""
+    ours, found = sides.get("shared") or sides.get("trl-patched"), {}
+    if ours is None:
+        return found
     for other in ("trl", "padded"):
         if other in sides:
             found[f"speed over {other} (minimum)"] = sides[other]["minimum_seconds"] / ours["minimum_seconds"]

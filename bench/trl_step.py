@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
+from dpo_kernels import patch_trl
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -70,11 +71,16 @@ def trainer_options(settings: StepSettings, max_steps: int) -> dict[str, Any]:
     }
 
 
-def build_trainer(settings: StepSettings, steps: Sequence[Sequence[Pair]], **overrides: Any) -> Any:
-    """TRL's trainer on the pairs of `steps`, with an online reference of the policy's initial weights."""
+def build_trainer(
+    settings: StepSettings, steps: Sequence[Sequence[Pair]], *, patched: bool = False, **overrides: Any
+) -> Any:
+    """TRL's trainer on the pairs of `steps`, with an online reference of the policy's initial weights.
+
+    patched: with the head and the loss of `dpo_kernels.patch_trl`.
+    """
     transformers_logging.set_verbosity_error()
     options = trainer_options(settings, max(1, len(steps))) | overrides
-    return _TokenIdTrainer(
+    return (patch_trl(_TokenIdTrainer) if patched else _TokenIdTrainer)(
         model=settings.model.build(),
         ref_model=settings.model.build(),
         args=trl.DPOConfig(output_dir=tempfile.mkdtemp(prefix="bench-trl-"), **options),
@@ -86,11 +92,10 @@ def build_trainer(settings: StepSettings, steps: Sequence[Sequence[Pair]], **ove
 class TrlSide:
     """TRL 1.16 DPOTrainer; `step(pairs)` trains on the pairs and returns the loss."""
 
-    name = "trl"
-
-    def __init__(self, settings: StepSettings, steps: Sequence[Sequence[Pair]]):
-        self.settings = settings
-        self.trainer = build_trainer(settings, steps)
+    def __init__(self, settings: StepSettings, steps: Sequence[Sequence[Pair]], *, patched: bool = False):
+        self.settings, self.patched = settings, patched
+        self.name = "trl-patched" if patched else "trl"
+        self.trainer = build_trainer(settings, steps, patched=patched)
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.create_optimizer_and_scheduler(10**6)
         self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
@@ -113,7 +118,7 @@ class TrlSide:
             "attention": self.trainer.model.config._attn_implementation,
             "layout": "chosen and rejected padded to the longest row of the batch",
             "reference": "online",
-            "lm_head": "every position (TRL's path without Triton)",
+            "lm_head": "completion rows, dpo_kernels" if self.patched else "every position (TRL's path without Triton)",
             "optimizer": type(self.trainer.optimizer).__name__,
             "optimizer_defaults": {k: v for k, v in self.trainer.optimizer.defaults.items() if v is not None},
             "dpo_config": trainer_options(self.settings, 1),

@@ -18,14 +18,16 @@ from bench.memory import peak_bytes, resident_bytes
 from bench.workload import LengthMix, ModelShape, Pair, StepSettings
 
 SIDES = ("trl", "padded", "shared", "floor")
+EXTRA_SIDES = ("trl-patched",)
+"""Run when named: TRL with `dpo_kernels.patch_trl`."""
 
 
 def build_side(name: str, settings: StepSettings, steps: Sequence[Sequence[Pair]]) -> Any:
     """The side called `name`; its heavy imports happen here."""
-    if name == "trl":
+    if name in ("trl", "trl-patched"):
         from bench.trl_step import TrlSide
 
-        return TrlSide(settings, steps)
+        return TrlSide(settings, steps, patched=name == "trl-patched")
     if name == "floor":
         from bench.floor import FloorSide
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch.optim import Optimizer
 
+from dpo.adapters import adapter_of, save_adapter
 from dpo.config import TrainConfig, to_yaml
 from dpo.errors import UserError
 
@@ -85,21 +86,29 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Writes model and tokenizer for plain Transformers, aside first: a folder that is there is whole."""
+    """Writes model (its adapter, where one trains) and tokenizer for plain Transformers and peft, aside first: a folder
+    that is there is whole."""
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
+    _write_model(aside, model)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def _write_model(folder: Path, model: Any) -> None:
+    if adapter_of(model) is not None:
+        save_adapter(folder, model)
+        return
     # the run's attention and cache settings are not the checkpoint's
     attention, cache = model.config._attn_implementation, model.config.use_cache
     model.set_attn_implementation("eager")
     model.config._attn_implementation_internal, model.config.use_cache = None, True
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        model.save_pretrained(folder)
     finally:
         model.config.use_cache = cache
         model.set_attn_implementation(attention)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
 
 
 def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, optimizer: Optimizer, keep: int) -> Path:

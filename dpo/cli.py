@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import tyro
 
 from dpo import __version__
-from dpo.config import DemoConfig, DoctorConfig, ReportConfig, ScoreConfig, TrainConfig, yaml_to_args
+from dpo.config import DemoConfig, DoctorConfig, MergeConfig, ReportConfig, ScoreConfig, TrainConfig, yaml_to_args
 from dpo.errors import UserError
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
+    | Annotated[MergeConfig, tyro.conf.subcommand("merge")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
     | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
@@ -68,6 +69,10 @@ def run(config: Any) -> None:
 
         if not doctor(config)["ok"]:
             raise SystemExit(1)
+    elif isinstance(config, MergeConfig):
+        from dpo.merge_adapter import merge_adapter
+
+        merge_adapter(config)
     else:
         from dpo.demo.run import demo
 

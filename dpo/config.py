@@ -30,6 +30,9 @@ class InputConfig:
 
     model: str
     """The policy: a Hugging Face model id or a folder."""
+    adapter: str | None = None
+    """A LoRA adapter (a folder that peft wrote) to put on --model. Training goes on with it; the reference is a frozen
+    copy of it."""
     data: str
     """Preference data: a .jsonl, .json, .csv or .parquet file, a dataset folder, or a dataset id."""
     config: str | None = None
@@ -133,14 +136,25 @@ class TrainConfig(InputConfig):
     """Decoupled for AdamW, added to the gradient for RMSprop."""
     grad_clip: float = 10.0
     """Clip the gradient to this global norm. 0: do not clip."""
-    reference: Literal["cached", "online"] = "cached"
-    """Log-probs of the reference: computed once before training and kept, or with a second model at every step."""
+    reference: Literal["cached", "online", "adapter-off"] = "cached"
+    """Log-probs of the reference: computed once before training and kept; with a second model at every step; or, with
+    LoRA, with the policy's own weights and its adapter off."""
     reference_model: str | None = None
     """The reference. None: the policy as it is before training."""
     two_phase: bool = False
     """Compute log-probs of the whole step before any gradient. Groups over --token-budget always go this way."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more arithmetic."""
+    lora_r: int | None = None
+    """Train a LoRA adapter of this rank instead of the weights. model/ is then the adapter."""
+    lora_alpha: float | None = None
+    """The adapter's product counts alpha / r. None: twice --lora-r."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapter's products. The reference has none."""
+    lora_targets: str = "all-linear"
+    """Modules that get an adapter: all-linear (every linear layer but the LM head), or names with commas between."""
+    lora_config: str | None = None
+    """A peft configuration (adapter_config.json) instead of the --lora flags."""
     dropout: bool = False
     """Keep the checkpoint's dropout. Off: zero, so that policy and reference agree exactly."""
     eval_every: int = 0
@@ -193,6 +207,7 @@ class TrainConfig(InputConfig):
             "0 with --comparisons ranking, which does not use it",
             self.label_smoothing,
         )
+        self._check_lora()
         _require(0 <= self.eval_fraction < 1, "--eval-fraction", "0 <= value < 1", self.eval_fraction)
         same = self.eval_data == self.data and self.eval_split == self.data_split
         if self.sample_prompts is not None:
@@ -206,17 +221,57 @@ class TrainConfig(InputConfig):
             not (self.eval_data and self.eval_fraction), "--eval-fraction", "no --eval-data beside it", self.eval_data
         )
 
+    def _check_lora(self) -> None:
+        _require(self.lora_r is None or self.lora_r > 0, "--lora-r", "a positive number", self.lora_r)
+        _require(
+            self.lora_alpha is None or self.lora_alpha > 0, "--lora-alpha", "a positive number or None", self.lora_alpha
+        )
+        _require(0 <= self.lora_dropout < 1, "--lora-dropout", "0 <= value < 1", self.lora_dropout)
+        ways = {"--lora-r": self.lora_r, "--lora-config": self.lora_config, "--adapter": self.adapter}
+        given = [flag for flag, value in ways.items() if value is not None]
+        _require(len(given) <= 1, " and ".join(given), "one of them", "both")
+        for name, plain in (("lora_alpha", None), ("lora_dropout", 0.0), ("lora_targets", "all-linear")):
+            value = getattr(self, name)
+            _require(value == plain or self.lora_r is not None, _flag(name), "--lora-r beside it", "none")
+        if self.reference == "adapter-off":
+            expected = "--lora-r, --lora-config or --adapter beside it"
+            _require(bool(given), "--reference adapter-off", expected, "none")
+            _require(
+                self.reference_model is None, "--reference adapter-off", "no --reference-model", self.reference_model
+            )
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter trains, and not the model's own weights."""
+        return any(value is not None for value in (self.lora_r, self.lora_config, self.adapter))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(InputConfig):
     """Score preference pairs: implicit rewards, margins and accuracy of a policy against its reference."""
 
     reference: str
-    """The model that rewards are measured from: an id or a folder."""
+    """The model that rewards are measured from: an id or a folder, of a model or of a LoRA adapter."""
     output: str | None = None
     """A .jsonl file to write, a row a pair in input order. None: only the table."""
     overwrite: bool = False
     """Write over --output where it exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Add a LoRA adapter to its base model: a full checkpoint, loadable by plain Transformers."""
+
+    adapter: str
+    """The adapter: a folder that `dpo train` or peft wrote."""
+    output: str
+    """Where the merged model goes: a new folder."""
+    model: str | None = None
+    """The base model. None: the one that the adapter names."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the merged weights (the sum itself is fp32). auto: the base checkpoint's."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from dpo_kernels.backends import triton_problem
 from transformers.utils import logging as transformers_logging
 
+from dpo.adapters import (
+    add_adapter,
+    base_of,
+    config_from_file,
+    is_adapter,
+    load_adapter,
+    load_reference,
+    lora_config,
+)
 from dpo.checks import check_sharing
 from dpo.config import InputConfig, TrainConfig
 from dpo.console import notice, say
@@ -46,12 +56,27 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_network(config: InputConfig, path: str, *, flag: str = "--model", dropout: bool = False) -> Any:
-    """A causal LM in fp32 on the device, made ready for the layout."""
-    device = resolve_device(config.device)
+def load_network(
+    config: InputConfig, path: str, *, flag: str = "--model", dropout: bool = False, adapter: str | None = None
+) -> Any:
+    """A causal LM in fp32 on the device, made ready for the layout.
+
+    Args:
+        path: a model, or the folder of an adapter, which names its base.
+        adapter: the folder of an adapter to put on the model.
+    """
+    adapter_flag = "--adapter"
+    if adapter is None and is_adapter(path):
+        path, adapter, adapter_flag = base_of(path, flag), path, flag
     transformers_logging.disable_progress_bar()
     model: Any = load_model(path, name=flag, trust_remote_code=config.trust_remote_code, keep_dropout=dropout)
-    model.to(device)
+    if adapter is not None:
+        load_adapter(model, adapter, path, adapter_flag)
+    return _make_ready(config, model)
+
+
+def _make_ready(config: InputConfig, model: Any) -> Any:
+    model.to(resolve_device(config.device))
     prepare(model, config.layout)
     return model
 
@@ -68,12 +93,41 @@ def check_kernels(config: InputConfig, model: Any) -> None:
 
 
 def load_policy(config: InputConfig, path: str | None = None, *, dropout: bool = False) -> Policy:
-    """The model at `path` (default: --model) with its tokenizer."""
-    path = path or config.model
-    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
-    model = load_network(config, path, dropout=dropout)
+    """The model at `path` (default: --model, with the adapter that the flags ask for) with its tokenizer."""
+    if isinstance(config, TrainConfig) and is_adapter(config.model):
+        base = base_of(config.model, "--model")
+        raise UserError(
+            f"--model {config.model}: expected a model, found an adapter: use --model {base} --adapter {config.model}"
+        )
+    start = path or config.adapter or config.model
+    has_tokenizer = (Path(start) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(
+        start if has_tokenizer or not is_adapter(start) else _base(config), trust_remote_code=config.trust_remote_code
+    )
+    if isinstance(config, TrainConfig):
+        model = _load_trained(config, path, dropout)
+    else:
+        model = load_network(config, config.model, adapter=config.adapter)
     check_kernels(config, model)
     return Policy(model, tokenizer, resolve_device(config.device))
+
+
+def _base(config: InputConfig) -> str:
+    return base_of(config.model, "--model") if is_adapter(config.model) else config.model
+
+
+def _load_trained(config: TrainConfig, path: str | None, dropout: bool) -> Any:
+    """The model that trains: from the start, or from `path`, which holds a model or the adapter that trained on it."""
+    adapter = config.adapter if path is None else path if is_adapter(path) else None
+    model = load_network(config, config.model if path is None or adapter else path, dropout=dropout, adapter=adapter)
+    if path is None and config.lora_r is not None:
+        settings = {"alpha": config.lora_alpha, "dropout": config.lora_dropout, "targets": config.lora_targets}
+        add_adapter(model, lora_config(config.lora_r, **settings), config.model, "--lora-targets")
+    elif path is None and config.lora_config is not None:
+        add_adapter(model, config_from_file(config.lora_config, "--lora-config"), config.model, "--lora-config")
+    if config.adapter is not None:
+        load_reference(model, config.adapter, "--adapter")
+    return _make_ready(config, model)
 
 
 def load_data(

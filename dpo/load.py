@@ -65,11 +65,19 @@ def load_config(path: str, *, trust_remote_code: bool = False, name: str = "--mo
     return config
 
 
+def checkpoint_dtype(path: str, trust_remote_code: bool = False, name: str = "--model") -> torch.dtype:
+    """The precision that a checkpoint's configuration names; fp32 where it names none."""
+    config = load_config(path, trust_remote_code=trust_remote_code, name=name)
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def load_tokenizer(
     path: str, *, trust_remote_code: bool = False, name: str = "--model", **options: Any
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model. Raises UserError when there is none."""
-    options = {**_source(path, name), **options}
+    """Load the tokenizer of a model, or of an adapter's folder. Raises UserError when there is none."""
+    found = {} if (Path(path) / "tokenizer_config.json").is_file() else _source(path, name)
+    options = {**found, **options}
     return _load(AutoTokenizer.from_pretrained, name, path, **options, trust_remote_code=trust_remote_code)
 
 

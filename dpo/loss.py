@@ -59,15 +59,7 @@ def token_logps(model: Any, batch: PackedBatch, objective: Objective) -> Tensor:
     """Log-probs [N] of a batch's targets, fp32 (float64 for a float64 model), differentiable."""
     with objective.precision(batch.input_ids.device):
         hidden, head = trunk(model, batch), head_of(model)
-        return linear_token_logps(
-            hidden,
-            head.weight,
-            batch.targets,
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            **objective.head_options,
-        )
+        return linear_token_logps(hidden, head.weight, batch.targets, **head.arguments, **objective.head_options)
 
 
 def bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor, objective: Objective) -> LinearPairLoss:
@@ -90,9 +82,7 @@ def bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor, objective: Objec
             ref_logps,
             batch.chosen,
             batch.rejected,
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
+            **head.arguments,
             num_completions=batch.num_completions,
             pair_weights=batch.pair_weights,
             reduction="sum",
@@ -151,14 +141,18 @@ class CoupledLoss:
     token_logps: tuple[Tensor, ...]
     completion_grads: Tensor
     """[C] float64: dL/dlp of each completion."""
+    generators: tuple[Tensor, ...]
+    """The random generator's state before each bin: the second phase draws the same dropout."""
 
 
 def coupled_loss(model: Any, coupled: Coupled, ref_logps: RefLogps, objective: Objective) -> CoupledLoss:
     """First phase: log-probs of all bins without gradient, then the loss and its gradient for every completion."""
     held: list[Tensor] = []
+    generators: list[Tensor] = []
     delta = torch.zeros(coupled.num_completions, dtype=torch.float64, device=coupled.chosen.device)
     with torch.no_grad():
         for b in coupled.bins:
+            generators.append(_generator(b.batch.input_ids.device))
             held.append(token_logps(model, b.batch, objective))
             difference = held[-1].double() - ref_logps(b).double()
             delta[b.completions] = segment_sum(difference, b.batch.completion_ids, b.batch.num_completions)
@@ -182,12 +176,21 @@ def coupled_loss(model: Any, coupled: Coupled, ref_logps: RefLogps, objective: O
             **objective.loss_options,
         )
         (grads,) = torch.autograd.grad(out.loss, delta)
-    return CoupledLoss(out.loss.detach(), out.chosen_rewards, out.rejected_rewards, tuple(held), grads)
+    return CoupledLoss(
+        out.loss.detach(), out.chosen_rewards, out.rejected_rewards, tuple(held), grads, tuple(generators)
+    )
 
 
-def coupled_backward(model: Any, coupled: Coupled, grads: Tensor, objective: Objective) -> None:
-    """Second phase: forward and backward of every bin with dL/dlp fixed."""
-    for b in coupled.bins:
-        logps = token_logps(model, b.batch, objective)
-        g = grads[b.completions][b.batch.completion_ids]
+def coupled_backward(model: Any, coupled: Coupled, first: CoupledLoss, objective: Objective) -> None:
+    """Second phase: forward and backward of every bin with dL/dlp fixed, and with the dropout of the first phase."""
+    for b, state in zip(coupled.bins, first.generators, strict=True):
+        device = b.batch.input_ids.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+            logps = token_logps(model, b.batch, objective)
+        g = first.completion_grads[b.completions][b.batch.completion_ids]
         logps.backward(g.to(logps.dtype))
+
+
+def _generator(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from dpo_kernels import linear_token_logps
+from dpo_kernels.scaling import logit_scaling
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpo.adapters import head_parts
 from dpo.attention import ATTENTION
 from dpo.cpu import use_fast_products
 from dpo.load import eos_token_ids, load_model, load_tokenizer
@@ -41,14 +43,27 @@ __all__ = [
 class Head:
     """The LM head: logits = cap(logit_scale * (hidden @ weight.T + bias)), cap(z) = softcap * tanh(z / softcap).
 
-    weight: [V, H]. bias: [V] or None. softcap: None for none. trainable: whether the weight requires a gradient.
+    weight: [V, H]. bias: [V] or None. softcap: None for none. lora: factors a [r, H], b [V, r] and the scaling of an
+    adapter on it, which adds scaling * b @ a to the weight; None for none.
     """
 
     weight: Tensor
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
-    trainable: bool
+    lora: tuple[Tensor, Tensor, float] | None = None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any of its tensors requires a gradient."""
+        tensors = (self.weight, self.bias, *(self.lora or ())[:2])
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the functions of `dpo_kernels` take beside hidden rows, weight and targets."""
+        held: dict[str, Any] = {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        return held | ({} if self.lora is None else {"lora": self.lora})
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +142,8 @@ def head_of(model: PreTrainedModel) -> Head:
     linear = model.get_output_embeddings()
     if linear is None or not isinstance(getattr(linear, "weight", None), Tensor):
         raise ValueError(f"model: expected a linear LM head, found {type(linear).__name__} in {type(model).__name__}")
-    config = model.config.get_text_config(decoder=True)
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):
-        # Granite divides by it, HyperCLOVA X multiplies
-        multiplies = config.model_type.startswith("hyperclovax")
-        scale = config.logits_scaling if multiplies else 1.0 / config.logits_scaling
-    elif getattr(config, "logit_scale", None):
-        scale = config.logit_scale
-    elif getattr(config, "lm_head_multiplier", None):
-        scale = config.lm_head_multiplier
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(linear.weight, getattr(linear, "bias", None), float(scale), softcap, linear.weight.requires_grad)
+    parts = head_parts(linear)
+    return Head(parts.weight, parts.bias, *logit_scaling(model.config.get_text_config(decoder=True)), parts.lora)
 
 
 def head_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, **head_options: Any) -> Tensor:
@@ -147,15 +152,7 @@ def head_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, **head_o
     fp32, float64 for float64 hidden rows. head_options: of `dpo_kernels.linear_token_logps` (temperature, plan, ...).
     """
     head = head_of(model)
-    logps = linear_token_logps(
-        hidden,
-        head.weight,
-        targets,
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        **head_options,
-    )
+    logps = linear_token_logps(hidden, head.weight, targets, **head.arguments, **head_options)
     assert isinstance(logps, Tensor)  # and no statistics, which nobody asked for
     return logps
 

@@ -1,4 +1,5 @@
-"""Log-probs of the frozen reference, per token: cached before training, or from a second model at every step."""
+"""Log-probs of the frozen reference, per token: cached before training, or computed at every step by a second model or
+by the policy without its adapter."""
 
 from __future__ import annotations
 
@@ -8,21 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo.adapters import as_reference, factors
 from dpo.loss import Objective, token_logps
 from dpo.steps import Bin, StepBatch
 
 
 def freeze(model: Any, objective: Objective) -> Any:
-    """Makes a model of its own the reference: no gradients, and linear weights stored in autocast's dtype.
-
-    Autocast would cast them at every step to the same bits: this saves the time and half of their memory. The LM head
-    stays (it may be tied to the embedding, and casts tile by tile).
-    """
+    """Makes a model of its own the reference: no gradients, no dropout, frozen weights stored in autocast's dtype."""
     model.requires_grad_(False)
     model.eval()
+    return store_frozen(model, objective)
+
+
+def store_frozen(model: Any, objective: Objective) -> Any:
+    """Stores linear weights that do not train in autocast's dtype.
+
+    Autocast would cast them at every step to the same bits: this saves the time and half of their memory. The LM head
+    stays (it may be tied to the embedding, and casts tile by tile), and so do adapters.
+    """
+    if objective.autocast is None:
+        return model
     head = model.get_output_embeddings()
+    kept = {*head.modules(), *factors(model)}
     for module in model.modules():
-        if objective.autocast is not None and isinstance(module, nn.Linear) and module is not head:
+        if isinstance(module, nn.Linear) and module not in kept and not module.weight.requires_grad:
             module.to(objective.autocast)
     return model
 
@@ -37,6 +47,15 @@ class OnlineReference:
         """Per-token log-probs [N] of the bin, fp32."""
         with torch.no_grad():
             return token_logps(self.model, b.batch, self.objective)
+
+
+class AdapterOffReference(OnlineReference):
+    """Runs the policy itself with its adapter off (or with a frozen copy of the one it started from): one model."""
+
+    def __call__(self, b: Bin) -> Tensor:
+        """Per-token log-probs [N] of the bin, fp32."""
+        with as_reference(self.model):
+            return super().__call__(b)
 
 
 class CachedReference:

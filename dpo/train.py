@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from dpo.adapters import adapter_of, as_reference
 from dpo.checkpoint import find_run, load_state, save_checkpoint, save_model, start_run
 from dpo.config import TrainConfig
 from dpo.console import Bar, say, table
@@ -33,7 +34,7 @@ from dpo.inputs import (
 )
 from dpo.loss import Objective, RefLogps
 from dpo.optim import apply_update, build_optimizer, set_lr, warmup_then_constant
-from dpo.reference import CachedReference, OnlineReference, freeze
+from dpo.reference import AdapterOffReference, CachedReference, OnlineReference, freeze, store_frozen
 from dpo.runlog import NotFinite, RunLog
 from dpo.sampler import ReferenceModel, Sampler
 from dpo.samples import plan_samples
@@ -73,6 +74,8 @@ def train(config: TrainConfig) -> TrainResult:
     if checkpoint is None:
         warn_about_schedule(config, len(steps))
         check_first_bin(config, model, data, steps.steps[0][1])
+    if config.trains_adapter:
+        store_frozen(model, objective)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     optimizer = build_optimizer(
@@ -150,16 +153,19 @@ def _references(
     start: int,
 ) -> tuple[RefLogps, RefLogps]:
     """The reference for training and for evaluation: the policy while it is untrained, else a model of its own."""
-    untrained = start == 0 and config.reference_model is None
+    # a policy with an adapter carries its reference within: the adapter's absence, or its frozen copy
+    carried = start == 0 or adapter_of(policy.model) is not None
     model = policy.model
-    if config.reference == "online" or not untrained:
-        model = load_network(config, config.reference_model or config.model, flag="--reference-model")
+    if config.reference == "online" or config.reference_model is not None or not carried:
+        adapter = config.adapter if config.reference_model is None else None
+        path = config.reference_model or config.model
+        model = load_network(config, path, flag="--reference-model", adapter=adapter)
         if model.get_output_embeddings().weight.shape[0] != policy.model.get_output_embeddings().weight.shape[0]:
             raise UserError("--reference-model: expected the policy's vocabulary, found one of another size")
         freeze(model, objective)
     model.eval()
-    if config.reference == "online":
-        online = OnlineReference(model, objective)
+    if config.reference != "cached":
+        online = (OnlineReference if config.reference == "online" else AdapterOffReference)(model, objective)
         return online, online
     cached, eval_cached = CachedReference(), CachedReference()
     needed = steps.first_uses(start)
@@ -168,8 +174,9 @@ def _references(
         def advance(step: StepBatch) -> None:
             bar.advance(pairs=step.num_pairs, tokens=step.num_tokens)
 
-        cached.fill(model, (steps[i] for i in needed), objective, policy.device, advance)
-        eval_cached.fill(model, evals, objective, policy.device, advance)
+        with as_reference(model):
+            cached.fill(model, (steps[i] for i in needed), objective, policy.device, advance)
+            eval_cached.fill(model, evals, objective, policy.device, advance)
     return cached, eval_cached
 
 

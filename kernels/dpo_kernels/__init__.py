@@ -9,6 +9,7 @@ from .pairs import LOSSES, PairLoss, pair_loss
 from .paper import dpo_loss
 from .plans import Plan, choose_plan
 from .rankings import RankingLoss, ranking_loss
+from .trl_hook import patch_trl
 
 __all__ = [
     "LOSSES",
@@ -26,6 +27,7 @@ __all__ = [
     "linear_dpo_loss",
     "linear_token_logps",
     "pair_loss",
+    "patch_trl",
     "ranking_loss",
     "token_logps",
 ]

@@ -1,0 +1,313 @@
+"""patch_trl: TRL's DPOTrainer on this package's LM head and loss. The only place that imports trl (1.16).
+
+Shapes: B sequences (all chosen, then all rejected), L length, N completion tokens of the batch, T = B/2 pairs.
+Order: what is refused, the head, the loss, the metrics, the trainer, the public function.
+"""
+
+import functools
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common import TokenStats
+from .head import linear_token_logps
+from .modules import halves
+from .pairs import pair_loss
+from .scaling import logit_scaling
+
+STATS = ("entropy", "mean_logit", "max_is_target")
+"""What TRL logs beside the log-probs; WPO weights need "log_sum_sq" too."""
+
+OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "f_divergence_type": ("reverse_kl",),
+    "f_alpha_divergence_coef": (0.5,),
+    "label_smoothing": (0.0,),
+    "discopop_tau": (0.05,),
+    "padding_free": (False,),
+    "use_liger_kernel": (False,),
+    "torch_compile": (False,),
+}
+"""Options of DPOConfig that must keep these values. Those that TRL itself ignores for the losses taken here (label
+smoothing, the coefficients of other losses, padding_free) are refused too: nothing is accepted and ignored."""
+
+LOSSES = ("sigmoid",)
+"""Values of loss_type taken over."""
+
+
+def _refuse(option: str, expected: object, found: object) -> None:
+    raise ValueError(f"{option}: patch_trl expected {expected}, found {found!r}")
+
+
+def check_options(args: Any) -> None:
+    """ValueError naming the first option of a DPOConfig that is not honoured, and its value."""
+    kinds = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+    if len(kinds) != 1 or kinds[0] not in LOSSES:
+        _refuse("loss_type", f"one of {', '.join(LOSSES)}", args.loss_type)
+    for name, allowed in OPTIONS.items():
+        value = getattr(args, name, allowed[0])
+        if value not in allowed:
+            _refuse(name, " or ".join(map(repr, allowed)), value)
+    if args.ld_alpha is not None and not 0.0 <= args.ld_alpha <= 1.0:
+        _refuse("ld_alpha", "a number from 0 to 1, or None", args.ld_alpha)
+
+
+def check_trainer(trainer: Any) -> None:
+    """ValueError naming what a trainer has that is not honoured."""
+    check_options(trainer.args)
+    if trainer.aux_loss_enabled:
+        _refuse("router_aux_loss_coef", "0.0 (no auxiliary loss of a mixture of experts)", trainer.router_aux_loss_coef)
+    if trainer._is_vlm or trainer._is_vision_dataset:
+        _refuse("processing_class", "a tokenizer and text data", type(trainer.processing_class).__name__)
+    for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+        if getattr(trainer, name, False):
+            _refuse(name, "plain or DDP training", True)
+    if trainer.accelerator.parallelism_config is not None:
+        _refuse("parallelism_config", "None", trainer.accelerator.parallelism_config)
+    for model in _models(trainer):
+        head = model.get_output_embeddings()
+        if type(getattr(head, "weight", None)) is not torch.nn.Parameter or hasattr(head, "modules_to_save"):
+            _refuse("peft_config", "no adapter and no copy (modules_to_save) of the LM head", type(head).__name__)
+
+
+def _models(trainer: Any) -> list[Any]:
+    """The causal LMs to patch, without the wrappers of peft and accelerate."""
+    held = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
+    held = [trainer.accelerator.unwrap_model(model) for model in held]
+    return [model.get_base_model() if hasattr(model, "get_base_model") else model for model in held]
+
+
+def add_head(model: Any, autocast: Callable[[], AbstractContextManager], stats: tuple[str, ...]) -> None:
+    """`model(..., labels=[B, L], fused_lm_head=True)` returns `TokenStats` of the N rows with a label, in row order.
+
+    As TRL's own patch it replaces the instance's `forward`, so that DDP, peft and hooks stay around it; every other
+    call goes to the forward that was there. `autocast` makes the context of mixed precision, which accelerate puts
+    around the forward that is replaced.
+    """
+    before = model.forward
+    scale, softcap = logit_scaling(model.config.get_text_config())
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None:
+            return before(*args, **kwargs) if labels is None else before(*args, labels=labels, **kwargs)
+        with autocast():
+            hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+            head = self.get_output_embeddings()
+            targets = labels[:, 1:]
+            rows = targets != -100
+            found = linear_token_logps(
+                hidden[rows],
+                head.weight,
+                targets[rows],
+                bias=getattr(head, "bias", None),
+                logit_scale=scale,
+                softcap=softcap,
+                stats=stats,
+            )
+        return found if isinstance(found, TokenStats) else TokenStats(found)
+
+    vars(forward)["_dpo_kernels"] = True
+    model.forward = types.MethodType(forward, model)
+
+
+class _Tokens(NamedTuple):
+    """A batch's completion tokens."""
+
+    labels: Tensor
+    """[B, L] token ids, -100 outside completions."""
+    mask: Tensor
+    """[B, L - 1] bool: where position t + 1 is a completion token."""
+    weights: Tensor | None
+    """[B, L - 1] float64 weight of each token's log-prob (LD-DPO), or None for 1."""
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Tensor], ld_alpha: float | None) -> "_Tokens":
+        completion = inputs["completion_mask"] != 0
+        labels = inputs["input_ids"].masked_fill(~completion, -100)
+        mask = completion[:, 1:]
+        if ld_alpha is None:
+            return cls(labels, mask, None)
+        # LD-DPO (arXiv:2409.06411): tokens beyond the length that chosen and rejected share count alpha
+        position, length = mask.cumsum(1), mask.sum(1)
+        shared = torch.minimum(*length.chunk(2)).repeat(2)
+        return cls(labels, mask, torch.where(position <= shared.unsqueeze(1), 1.0, ld_alpha).double())
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[N] to [B, L - 1] float64, 0 elsewhere."""
+        values = values.double()
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[N] summed by sequence, weighted: [B] float64."""
+        spread = self.spread(values)
+        return (spread if self.weights is None else spread * self.weights).sum(1)
+
+
+def _inputs_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    ours = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+    return {name: value for name, value in inputs.items() if name not in ours} | {"use_cache": False}
+
+
+def _reference(trainer: Any, inputs: Mapping[str, Any], labels: Tensor, model: Any = None) -> Tensor:
+    """Per-token log-probs [N] of the reference: its model, the adapter "ref", or the policy without its adapter."""
+    from trl.models.utils import disable_gradient_checkpointing  # pyright: ignore[reportMissingImports]
+    from trl.trainer.utils import use_adapter  # pyright: ignore[reportMissingImports]
+
+    adapter: AbstractContextManager = nullcontext()
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.ref_model is None and hasattr(policy, "peft_config"):
+        adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+    model = model or trainer.ref_model or trainer.model
+    checkpointing = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
+    with torch.no_grad(), checkpointing, adapter:
+        return model(**_inputs_of(inputs), labels=labels, fused_lm_head=True).logps
+
+
+def _loss(trainer: Any, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The batch's loss (scalar) and, for the metrics, sums over its pairs and tokens."""
+    tokens = _Tokens.of(inputs, trainer.ld_alpha)
+    found: TokenStats = model(**_inputs_of(inputs), labels=tokens.labels, fused_lm_head=True)
+    if trainer.precompute_ref_logps:
+        held = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        # both sums rounded alike: a policy that equals its reference has margins of exactly 0
+        delta = tokens.sums(found.logps).float().double() - held.double()
+    else:
+        # token by token: two sums of thousands of nats would lose the digits of their difference
+        delta = tokens.sums(found.logps.double() - _reference(trainer, inputs, tokens.labels).double())
+    chosen, rejected = halves(len(delta), delta.device)
+    weights = _wpo_weights(tokens, found) if trainer.use_weighting else None
+    out = pair_loss(
+        delta.float(), torch.zeros_like(delta, dtype=torch.float32), chosen, rejected,
+        loss=trainer.loss_types[0], beta=trainer.beta, pair_weights=weights,
+    )  # fmt: skip
+    return out.loss * trainer.loss_weights[0], _sums(tokens, found, out, inputs)
+
+
+def _wpo_weights(tokens: _Tokens, found: TokenStats) -> Tensor:
+    """[T] WPO (arXiv:2406.11827, eq. 2): exp of the mean of lp - log sum p^2, of both completions together."""
+    assert found.log_sum_sq is not None
+    aligned = tokens.spread((found.logps - found.log_sum_sq).detach()).sum(1)
+    chosen, rejected = (aligned / tokens.mask.sum(1).clamp(min=1)).chunk(2)
+    return (chosen + rejected).exp().float()
+
+
+def _sums(tokens: _Tokens, found: TokenStats, out: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    assert found.entropy is not None
+    assert found.mean_logit is not None
+    assert found.max_is_target is not None
+    logps, logits = tokens.sums(found.logps.detach()).chunk(2), tokens.spread(found.mean_logit).chunk(2)
+    lengths = [part.sum() for part in tokens.mask.chunk(2)]
+    won, lost = out.chosen_rewards.double(), out.rejected_rewards.double()
+    return {
+        "pairs": torch.full_like(won, 1.0).sum(),
+        "chosen_tokens": lengths[0],
+        "rejected_tokens": lengths[1],
+        "all_tokens": inputs["attention_mask"].sum(),
+        "entropy": found.entropy.double().sum(),
+        "correct_tokens": tokens.spread(found.max_is_target).chunk(2)[0].sum(),
+        "logits/chosen": logits[0].sum(),
+        "logits/rejected": logits[1].sum(),
+        "logps/chosen": logps[0].sum(),
+        "logps/rejected": logps[1].sum(),
+        "rewards/chosen": won.sum(),
+        "rewards/rejected": lost.sum(),
+        "rewards/accuracies": (won > lost).sum(),
+    }
+
+
+def _log(trainer: Any, sums: Mapping[str, Tensor]) -> None:
+    """TRL's metrics, by its names: true means over the pairs and tokens of all ranks, in one transfer."""
+    mode = "train" if trainer.model.training else "eval"
+    stacked = torch.stack([value.double() for value in sums.values()])
+    total = trainer.accelerator.reduce(stacked, reduction="sum")
+    s = dict(zip(sums, total.tolist(), strict=True))  # host sync, the only one
+    metrics = trainer._metrics[mode]
+
+    def mean(name: str, over: str, of: str | None = None) -> None:
+        metrics[name].append(s[of or name] / s[over] if s[over] else 0.0)
+
+    s["tokens"] = s["chosen_tokens"] + s["rejected_tokens"]
+    mean("entropy", "tokens")
+    if mode == "train":
+        trainer._total_train_tokens += int(s["all_tokens"])
+    metrics["num_tokens"] = [trainer._total_train_tokens]
+    mean("logits/chosen", "chosen_tokens")
+    mean("logits/rejected", "rejected_tokens")
+    mean("mean_token_accuracy", "chosen_tokens", of="correct_tokens")
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected"):
+        mean(name, "pairs")
+    metrics["rewards/margins"].append(metrics["rewards/chosen"][-1] - metrics["rewards/rejected"][-1])
+
+
+class _Fused:
+    """What `patch_trl` puts in front of DPOTrainer in the order of methods."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        initialize: Any = super().__init__
+        options = inspect.signature(initialize).bind_partial(*args, **kwargs).arguments.get("args")
+        if options is not None:
+            check_options(options)  # before any model is loaded
+        initialize(*args, **kwargs)
+        _install(self)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The reference's completion log-probs (chosen [T], rejected [T]) of a padded batch, fp32."""
+        trainer: Any = self
+        _install(trainer)  # DPOTrainer.__init__ precomputes before it returns
+        tokens = _Tokens.of(inputs, trainer.ld_alpha)
+        return tokens.sums(_reference(trainer, inputs, tokens.labels, model)).float().chunk(2)
+
+    def _compute_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+        trainer: Any = self
+        loss, sums = _loss(trainer, model, inputs)
+        _log(trainer, sums)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**_inputs_of(inputs))
+
+
+def _install(trainer: Any) -> None:
+    """Gives the trainer's models our head, once."""
+    check_trainer(trainer)
+    stats = (*STATS, "log_sum_sq") if trainer.use_weighting else STATS
+    for model, needed in zip(_models(trainer), (stats, ()), strict=False):
+        if not getattr(model.forward, "_dpo_kernels", False):
+            add_head(model, trainer.accelerator.autocast, needed)
+
+
+@functools.cache
+def _fused(base: type) -> type:
+    return type(base.__name__, (_Fused, base), {"__doc__": base.__doc__, "__module__": base.__module__})
+
+
+def patch_trl(target: Any) -> Any:
+    """TRL's DPOTrainer with this package's LM head and loss: same arguments, metrics and results, less time and memory.
+
+    target: a trainer (`patch_trl(trainer)`, after which `trainer.train()` runs here; returned too), or the class or a
+    subclass of it (`DPOTrainer = patch_trl(DPOTrainer)`, a new class: nothing global changes). Only completion tokens
+    reach the LM head, for policy and reference; log ratios are summed token by token in float64. Honoured: beta,
+    loss_type ["sigmoid"] with its weight, ld_alpha, use_weighting, precompute_ref_log_probs (through the class also the
+    precomputation itself), sync_ref_model, peft adapters (not of the head), mixed precision, DDP, and whatever lies
+    outside loss and head. ValueError names any other option and its value.
+    """
+    trl = importlib.import_module("trl")
+    if not trl.__version__.startswith("1.16."):
+        raise ValueError(f"trl: expected version 1.16, whose trainer this replaces parts of, found {trl.__version__}")
+    DPOTrainer = trl.DPOTrainer
+    if isinstance(target, type) and issubclass(target, DPOTrainer):
+        return target if issubclass(target, _Fused) else _fused(target)
+    if not isinstance(target, DPOTrainer):
+        found = target.__name__ if isinstance(target, type) else type(target).__name__
+        raise ValueError(f"target: expected trl's DPOTrainer, a subclass, or a trainer of it, found {found}")
+    check_trainer(target)
+    if not isinstance(target, _Fused):
+        target.__class__ = _fused(type(target))
+    _install(target)
+    return target

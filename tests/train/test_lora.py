@@ -1,0 +1,365 @@
+"""LoRA from the command line: training, references, checkpoints, plain peft, scoring and merging."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo.adapters import adapter_of, as_reference, head_parts
+from dpo.cli import main
+from dpo.config import TrainConfig
+from dpo.inputs import load_policy, objective_of
+from dpo.metrics import read_json_lines
+from dpo.reference import store_frozen
+from tests.train.test_cli import fails
+from tests.train.toy import write_model, write_pairs
+
+peft: Any = pytest.importorskip("peft", reason="the lora extra is not installed")
+
+LORA = "--lora-r", "4", "--lora-alpha", "32"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    write_model(folder / "model")
+    write_model(folder / "tied", tie_word_embeddings=True)
+    write_pairs(folder / "pairs.jsonl")
+    write_pairs(folder / "held_out.jsonl", count=7, seed=1)
+    return folder
+
+
+def train(toy: Path, output: Path, *flags: str, model: str = "model") -> list[dict]:
+    words = ["train", "--model", str(toy / model), "--data", str(toy / "pairs.jsonl"), "--output", str(output)]
+    main([*words, "--pairs-per-step", "6", "--lr", "2e-3", "--warmup-steps", "1", "--max-steps", "4", *flags])
+    return read_json_lines(output / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def plain(toy, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "plain"
+    flags = "--eval-data", str(toy / "held_out.jsonl"), "--save-every", "2"
+    return run, train(toy, run, *LORA, *flags)
+
+
+@pytest.fixture(scope="module")
+def adapter(toy, tmp_path_factory):
+    """An adapter that somebody else trained: its products are not zero."""
+    folder = tmp_path_factory.mktemp("sft") / "adapter"
+    torch.manual_seed(7)
+    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(toy / "model"), config).save_pretrained(folder)
+    return folder
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([[0, 5, 9, 30, 7, 2]])).logits
+
+
+def close(ours: list[dict], theirs: list[dict], tolerance: float = 2e-4) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("loss", "margin", "grad_norm", "chosen_logps_per_token"):
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance / 10), (a["step"], name)
+
+
+def test_a_run_trains_the_adapter_and_nothing_else_and_plain_peft_loads_it(toy, plain):
+    run, metrics = plain
+    assert metrics[0]["margin"] == 0.0
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert metrics[-1]["loss"] < 0.6
+    names = {path.name for path in (run / "model").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    assert "model.safetensors" not in names
+    settings = json.loads((run / "model" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["task_type"]) == (4, 32, "CAUSAL_LM")
+    assert settings["base_model_name_or_path"] == str(toy / "model")
+    weights = load_file(run / "model" / "adapter_model.safetensors")
+    assert len(weights) == 2 * 7 * 2  # A and B of the seven linear layers of both blocks, none of the head
+    assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run / "model")
+    base = AutoModelForCausalLM.from_pretrained(toy / "model")
+    assert not torch.equal(logits(loaded), logits(base))
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(base))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--reference", "adapter-off", "--dtype", "bf16"),
+        *(
+            pytest.param(flags, marks=pytest.mark.slow)
+            for flags in (
+                ("--reference", "adapter-off"),
+                ("--reference", "online"),
+                ("--dtype", "bf16"),
+                ("--reference", "adapter-off", "--two-phase"),
+                ("--reference", "adapter-off", "--padded"),
+                ("--reference", "adapter-off", "--lora-dropout", "0.5"),
+            )
+        ),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("start", ["new", "continued"])
+def test_margins_of_step_0_are_exactly_zero(toy, adapter, tmp_path, start, flags):
+    if start == "continued" and "--lora-dropout" in flags:
+        pytest.skip("the adapter's own dropout holds")
+    way = LORA if start == "new" else ("--adapter", str(adapter))
+    first = train(toy, tmp_path / "run", *way, *flags, "--token-budget", "80")[0]
+    assert first["bins"] > 1
+    assert first["margin"] == first["chosen_reward"] == first["rejected_reward"] == 0.0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--reference", "adapter-off"),
+        ("--reference", "online"),
+        ("--two-phase",),
+        ("--padded",),
+        ("--gradient-checkpointing",),
+        ("--token-budget", "60"),
+        ("--head-plan", "frozen"),
+        ("--head-plan", "recompute"),
+    ],
+    ids=" ".join,
+)
+def test_the_trajectory_does_not_depend_on_how_it_is_computed(toy, tmp_path, plain, flags):
+    close(train(toy, tmp_path / "run", *LORA, *flags), plain[1])
+
+
+@pytest.mark.slow
+def test_continuing_an_adapter_is_measured_from_its_frozen_copy(toy, adapter, tmp_path):
+    cached = train(toy, tmp_path / "cached", "--adapter", str(adapter))
+    within = train(toy, tmp_path / "within", "--adapter", str(adapter), "--reference", "adapter-off")
+    online = train(toy, tmp_path / "online", "--adapter", str(adapter), "--reference", "online")
+    close(within, cached)
+    close(online, cached)
+    assert cached[-1]["margin"] > 0.1
+    # the base itself as the reference is another run
+    base = train(toy, tmp_path / "base", "--adapter", str(adapter), "--reference-model", str(toy / "model"))
+    assert base[0]["chosen_reward"] != 0.0
+    saved = load_file(tmp_path / "within" / "model" / "adapter_model.safetensors")
+    start = load_file(adapter / "adapter_model.safetensors")
+    assert saved.keys() == start.keys()  # not the frozen copy
+    assert all(not torch.equal(saved[name], start[name]) for name in start)
+
+
+@pytest.mark.parametrize(
+    ("start", "reference"),
+    [
+        ("continued", "cached"),
+        pytest.param("new", "cached", marks=pytest.mark.slow),
+        pytest.param("new", "adapter-off", marks=pytest.mark.slow),
+        pytest.param("continued", "adapter-off", marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_adapter(toy, adapter, tmp_path, start, reference):
+    way = LORA if start == "new" else ("--adapter", str(adapter))
+    flags = *way, "--reference", reference, "--save-every", "2"
+    whole = train(toy, tmp_path / "whole", *flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "model")
+    resumed = train(toy, tmp_path / "resumed", *flags, *RESUME)
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
+    ours, theirs = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("resumed", "whole"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+RESUME = ("--resume",)
+
+
+def test_the_reference_has_no_dropout_and_the_policy_has(toy, adapter, tmp_path):
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False, lora_dropout=0.5)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(toy / "model"), config).save_pretrained(tmp_path / "a")
+    settings = TrainConfig(model=str(toy / "model"), data="x", adapter=str(tmp_path / "a"), padded=True)
+    model = load_policy(settings).model
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+    with as_reference(model):
+        assert torch.equal(logits(model), logits(model))
+        reference = logits(model)
+    assert model.training
+    assert all(p.requires_grad == (".default." in name) for name, p in model.named_parameters())
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(toy / "model"), tmp_path / "a")
+    torch.testing.assert_close(reference, logits(plain.eval()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_both_phases_draw_the_same_dropout(toy, tmp_path):
+    """Else the second phase would differentiate another network than the one whose loss was taken."""
+    flags = *LORA, "--lora-dropout", "0.3", "--token-budget", "60"
+    one, two = train(toy, tmp_path / "one", *flags), train(toy, tmp_path / "two", *flags, "--two-phase")
+    assert one[0]["bins"] > 1
+    close(two, one)
+    without = train(toy, tmp_path / "without", *LORA, "--token-budget", "60")
+    assert abs(one[-1]["loss"] - without[-1]["loss"]) > 1e-4
+
+
+@pytest.mark.slow
+def test_frozen_weights_in_half_precision_change_no_bit_under_autocast(toy, tmp_path, monkeypatch):
+    kept = train(toy, tmp_path / "half", *LORA, "--dtype", "bf16")
+    monkeypatch.setattr("dpo.train.store_frozen", lambda model, objective: model)
+    assert [r["loss"] for r in kept] == [r["loss"] for r in train(toy, tmp_path / "full", *LORA, "--dtype", "bf16")]
+    monkeypatch.undo()
+    settings = TrainConfig(model=str(toy / "model"), data="x", lora_r=2, lora_targets="q_proj", dtype="bf16")
+    model = store_frozen(load_policy(settings).model, objective_of(settings))
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if "layers.0.self_attn" in name or "head" in name}
+    assert {dtype for name, dtype in dtypes.items() if "lora" in name or "head" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "lora" not in name and "head" not in name} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_a_peft_configuration_does_what_the_flags_do(toy, tmp_path, plain):
+    shutil.copy(plain[0] / "model" / "adapter_config.json", tmp_path / "lora.json")
+    close(train(toy, tmp_path / "run", "--lora-config", str(tmp_path / "lora.json")), plain[1], 1e-6)
+    narrow = train(toy, tmp_path / "narrow", *LORA, "--lora-targets", "q_proj,v_proj")
+    assert len(load_file(tmp_path / "narrow" / "model" / "adapter_model.safetensors")) == 2 * 2 * 2
+    assert narrow[-1]["loss"] != plain[1][-1]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--lora-alpha", "8"), ("--lora-r", "2"), ("--lora-dropout", "0.4")], ids=" ".join)
+def test_an_option_changes_what_it_says_it_changes(toy, tmp_path, plain, flags):
+    assert abs(train(toy, tmp_path / "run", *LORA, *flags)[-1]["loss"] - plain[1][-1]["loss"]) > 1e-6
+
+
+@pytest.mark.slow
+def test_a_copy_of_the_head_may_train_beside_the_adapter(toy, tmp_path):
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    settings.save_pretrained(tmp_path)
+    flags = "--lora-config", str(tmp_path / "adapter_config.json")
+    cached = train(toy, tmp_path / "cached", *flags)
+    within = train(toy, tmp_path / "within", *flags, "--reference", "adapter-off")
+    assert within[0]["margin"] == 0.0
+    close(within, cached)
+    weights = load_file(tmp_path / "within" / "model" / "adapter_model.safetensors")
+    assert not torch.equal(
+        weights["base_model.model.lm_head.weight"],
+        load_file(toy / "model" / "model.safetensors")["lm_head.weight"],
+    )
+
+
+def score(*flags: str, output: Path) -> list[dict]:
+    main(["score", *flags, "--output", str(output)])
+    return read_json_lines(output)
+
+
+def test_scoring_takes_adapters_wherever_it_takes_models(toy, plain, adapter, tmp_path):
+    data = "--data", str(toy / "held_out.jsonl")
+    direct = score("--model", str(plain[0] / "model"), "--reference", str(toy / "model"), *data, output=tmp_path / "a")
+    last = read_json_lines(plain[0] / "eval.jsonl")[-1]
+    assert sum(r["margin"] for r in direct) / len(direct) == pytest.approx(last["margin"], abs=1e-5)
+    on_top = "--model", str(toy / "model"), "--adapter", str(plain[0] / "model")
+    assert score(*on_top, "--reference", str(toy / "model"), *data, output=tmp_path / "b") == direct
+    against = score("--model", str(toy / "model"), "--reference", str(adapter), *data, output=tmp_path / "c")
+    assert against[0]["ref_chosen_logps"] != direct[0]["ref_chosen_logps"]
+
+
+@pytest.mark.parametrize("base", ["model", "tied"])
+def test_a_merged_adapter_is_the_model_that_trained(toy, tmp_path, base):
+    train(toy, tmp_path / "run", *LORA, model=base)
+    merged = tmp_path / "merged"
+    main(["merge", "--adapter", str(tmp_path / "run" / "model"), "--output", str(merged)])
+    ours = AutoModelForCausalLM.from_pretrained(merged)
+    assert ours.config.tie_word_embeddings == (base == "tied")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(merged).eos_token == "<eos>"
+    train(toy, tmp_path / "again", "--model", str(merged))
+
+
+def test_merging_an_adapter_of_a_tied_head_parts_it_from_the_embedding(toy, tmp_path):
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=3, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(toy / "tied"), config)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path / "a")
+    main(["merge", "--adapter", str(tmp_path / "a"), "--model", str(toy / "tied"), "--output", str(tmp_path / "m")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_keeps_the_precision_asked_for_and_writes_over_nothing(toy, plain, tmp_path, capsys):
+    words = ["merge", "--adapter", str(plain[0] / "model"), "--output"]
+    main([*words, str(tmp_path / "half"), "--dtype", "bf16"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+    assert "--output" in fails(capsys, *words, str(tmp_path / "half"))
+    assert "no adapter_config.json" in fails(
+        capsys, "merge", "--adapter", str(toy / "model"), "--output", str(tmp_path / "x")
+    )
+    write_model(tmp_path / "other", hidden_size=48)
+    error = fails(capsys, *words, str(tmp_path / "x"), "--model", str(tmp_path / "other"))
+    assert "cannot be put on its base" in error
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--lora-r", "0"), "--lora-r: expected a positive number, found 0"),
+        (("--lora-alpha", "4"), "--lora-alpha: expected --lora-r beside it, found none"),
+        (("--lora-dropout", "0.1"), "--lora-dropout: expected --lora-r beside it"),
+        (("--lora-targets", "q_proj"), "--lora-targets: expected --lora-r beside it"),
+        (("--reference", "adapter-off"), "--reference adapter-off: expected --lora-r"),
+        ((*LORA, "--reference", "adapter-off", "--reference-model", "x"), "expected no --reference-model"),
+        ((*LORA, "--adapter", "x"), "--lora-r and --adapter: expected one of them"),
+        ((*LORA, "--lora-targets", "q_proj,k_porj"), "--lora-targets: expected names of modules of LlamaForCausalLM"),
+        ((*LORA, "--lora-targets", "lm_head", "--lora-dropout", "0.1"), "expected no dropout in an adapter of the LM"),
+        (("--adapter", "{model}"), "expected adapter_config.json"),
+        (("--adapter", "{broken}"), "expected the weights of its configuration"),
+        (("--model", "{adapter}"), "--adapter {adapter}"),
+        (("--lora-config", "{tmp}/no.json"), "--lora-config {tmp}/no.json: expected adapter_config.json"),
+        (("--lora-config", "{tmp}/ia3.json"), "expected peft_type LORA, found IA3"),
+        (("--lora-config", "{tmp}/pissa.json"), "init_lora_weights: expected True, False, gaussian, found pissa"),
+        (("--lora-config", "{tmp}/bias.json"), "bias: expected none, found all"),
+        (("--lora-config", "{tmp}/odd.json"), "expected settings of peft's LoraConfig, found 'rr'"),
+    ],
+    ids=str,
+)
+def test_bad_input_gets_one_line_and_status_2(toy, adapter, tmp_path, capsys, flags, message):
+    for name, settings in {
+        "ia3": {"peft_type": "IA3"},
+        "pissa": {"init_lora_weights": "pissa"},
+        "bias": {"bias": "all"},
+        "odd": {"rr": 3},
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"target_modules": ["q_proj"], **settings}))
+    shutil.copytree(adapter, tmp_path / "broken")
+    held = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "broken" / "adapter_config.json").write_text(json.dumps(held | {"target_modules": ["k_proj"]}))
+    places = {"model": toy / "model", "adapter": adapter, "tmp": tmp_path, "broken": tmp_path / "broken"}
+    words = ["train", "--model", str(toy / "model"), "--data", str(toy / "pairs.jsonl"), "--output"]
+    error = fails(capsys, *words, str(tmp_path / "run"), *(flag.format(**places) for flag in flags))
+    assert message.format(**places) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_head_parts_sees_through_pefts_wrappers(toy):
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["lm_head"], init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(toy / "model")
+    weight = model.lm_head.weight
+    wrapper = peft.get_peft_model(model, config)
+    found = head_parts(model.get_output_embeddings())
+    assert found.weight is weight
+    assert found.lora is not None
+    assert (found.lora[0].shape, found.lora[1].shape, found.lora[2]) == ((3, 32), (258, 3), 2.0)
+    with wrapper.disable_adapter():
+        assert head_parts(model.get_output_embeddings()).lora is None
+    assert adapter_of(model) is None  # the trainer did not put it there
