@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import tyro
 
 from dpo import __version__
-from dpo.config import DemoConfig, ScoreConfig, TrainConfig, yaml_to_args
+from dpo.config import DemoConfig, LossesConfig, ScoreConfig, TrainConfig, yaml_to_args
 from dpo.errors import UserError
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
+    | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
 )
 _CONFIGS = {"train": TrainConfig, "score": ScoreConfig}
@@ -56,6 +57,10 @@ def run(config: Any) -> None:
         from dpo.score import score
 
         score(config)
+    elif isinstance(config, LossesConfig):
+        from dpo.losses import print_losses
+
+        print_losses(config)
     else:
         from dpo.demo.run import demo
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from dpo.errors import UserError
+from dpo.lossflags import LossConfig
 
 Layout = Literal["shared", "packed", "padded"]
 """shared: [prompt | y_1 | ... | y_K]; packed: the prompt repeated before every completion, no padding; padded: one a
@@ -80,7 +81,7 @@ class InputConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(InputConfig):
+class TrainConfig(LossConfig, InputConfig):
     """Train a language model on preferences with Direct Preference Optimization."""
 
     output: str = "runs/dpo"
@@ -91,10 +92,6 @@ class TrainConfig(InputConfig):
     """The split of --eval-data, such as test. None: train, or the only one."""
     eval_fraction: float = 0.0
     """Without --eval-data: hold out this fraction of --data; equal prompts stay on one side."""
-    loss: Literal["sigmoid"] = "sigmoid"
-    """The objective. sigmoid is the paper's."""
-    label_smoothing: float = 0.0
-    """Probability that a preference is labelled the wrong way round (conservative DPO)."""
     reduction: Literal["pairs", "prompts"] = "pairs"
     """What a step averages over: every pair alike, or every prompt alike whatever its number of pairs."""
     pairs_per_step: int = 64
@@ -115,8 +112,9 @@ class TrainConfig(InputConfig):
     """Decoupled for AdamW, added to the gradient for RMSprop."""
     grad_clip: float = 10.0
     """Clip the gradient to this global norm. 0: do not clip."""
-    reference: Literal["cached", "online"] = "cached"
-    """Log-probs of the reference: computed once before training and kept, or with a second model at every step."""
+    reference: Literal["auto", "cached", "online", "none"] = "auto"
+    """Log-probs of the reference: computed once before training and kept (cached), with a second model at every step
+    (online), or none, for losses that use none. auto: cached, or none where the loss uses none."""
     reference_model: str | None = None
     """The reference. None: the policy as it is before training."""
     two_phase: bool = False
@@ -153,7 +151,8 @@ class TrainConfig(InputConfig):
         for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every", "data_workers"):
             value = getattr(self, name)
             _require(value is None or value >= 0, _flag(name), "zero or more", value)
-        _require(0 <= self.label_smoothing < 0.5, "--label-smoothing", "0 <= value < 0.5", self.label_smoothing)
+        reference = self.resolve_reference(self.reference, self.reference_model, self.reduction)
+        object.__setattr__(self, "reference", reference)
         _require(0 <= self.eval_fraction < 1, "--eval-fraction", "0 <= value < 1", self.eval_fraction)
         same = self.eval_data == self.data and self.eval_split == self.data_split
         _require(not same, "--eval-data", "other data or another --eval-split than --data", f"{self.eval_data} again")
@@ -172,6 +171,14 @@ class ScoreConfig(InputConfig):
     """A .jsonl file to write, a row a pair in input order. None: only the table."""
     overwrite: bool = False
     """Write over --output where it exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossesConfig:
+    """Print every loss: formula, options with their values, what it needs, paper."""
+
+    loss: str | None = None
+    """Only these, such as ipo or sigmoid,sft. None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,10 @@ class OnlineReference:
             return token_logps(self.model, b.batch, self.objective)
 
 
+def no_reference(b: Bin) -> None:
+    """For losses of the policy's log-probs alone."""
+
+
 class CachedReference:
     """Per-token log-probs of every completion, kept on the host in fp32 and looked up by group and completion.
 

@@ -30,7 +30,7 @@ from dpo.inputs import (
 )
 from dpo.loss import Objective, RefLogps
 from dpo.optim import apply_update, build_optimizer, set_lr, warmup_then_constant
-from dpo.reference import CachedReference, OnlineReference, freeze
+from dpo.reference import CachedReference, OnlineReference, freeze, no_reference
 from dpo.runlog import NotFinite, RunLog
 from dpo.steps import StepBatch, StepDataset, eval_steps
 
@@ -70,7 +70,10 @@ def train(config: TrainConfig) -> TrainResult:
         lr=config.lr,
         weight_decay=config.weight_decay,
     )
-    start = load_state(checkpoint, optimizer) if checkpoint else 0
+    parts: dict[str, Any] = {"optimizer": optimizer}
+    if objective.baseline is not None:
+        parts["baseline"] = objective.baseline
+    start = load_state(checkpoint, parts) if checkpoint else 0
     ref_logps, eval_ref_logps = _references(config, policy, objective, steps, evals, start)
 
     run = start_run(config)
@@ -89,13 +92,13 @@ def train(config: TrainConfig) -> TrainResult:
             try:
                 log.push(bar, step, result, update, lr)
             except NotFinite:
-                save_checkpoint(run, done, model, policy.tokenizer, optimizer, config.keep_checkpoints)
+                save_checkpoint(run, done, model, policy.tokenizer, parts, config.keep_checkpoints)
                 raise
             if done == len(steps) or _due(config.eval_every, done):
                 _evaluate(log, bar, policy, evals, eval_ref_logps, objective, done)
             if done < len(steps) and _due(config.save_every, done):
                 log.flush(bar)
-                save_checkpoint(run, done, model, policy.tokenizer, optimizer, config.keep_checkpoints)
+                save_checkpoint(run, done, model, policy.tokenizer, parts, config.keep_checkpoints)
             log.restart_clock()
         log.flush(bar)
     log.close()
@@ -132,6 +135,8 @@ def _references(
     start: int,
 ) -> tuple[RefLogps, RefLogps]:
     """The reference for training and for evaluation: the policy while it is untrained, else a model of its own."""
+    if config.reference == "none":
+        return no_reference, no_reference
     untrained = start == 0 and config.reference_model is None
     model = policy.model
     if config.reference == "online" or not untrained:
