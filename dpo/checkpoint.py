@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch.optim import Optimizer
 
 from dpo.adapters import adapter_of, save_adapter
 from dpo.config import TrainConfig, to_yaml
@@ -111,15 +110,16 @@ def _write_model(folder: Path, model: Any) -> None:
         model.set_attn_implementation(attention)
 
 
-def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, optimizer: Optimizer, keep: int) -> Path:
-    """Writes checkpoints/step-N: model, tokenizer, optimizer and generator state; keeps the newest `keep`."""
+def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, parts: Mapping[str, Any], keep: int) -> Path:
+    """Writes checkpoints/step-N: model, tokenizer, generator, and the state of the parts; keeps the newest `keep`."""
     folder = run / "checkpoints" / f"step-{step}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f"writing-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     save_model(aside / "model", model, tokenizer)
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, aside / "state.pt")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    torch.save({"step": step, "parts": states, "rng": torch.get_rng_state()}, aside / "state.pt")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     others = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -128,9 +128,10 @@ def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, optimizer:
     return folder
 
 
-def load_state(checkpoint: Path, optimizer: Optimizer) -> int:
-    """Restores optimizer and generator; returns the number of steps done. The model is loaded from checkpoint/model."""
+def load_state(checkpoint: Path, parts: Mapping[str, Any]) -> int:
+    """Restores the parts and the generator; returns the steps done. The model is loaded from checkpoint/model."""
     state = torch.load(checkpoint / "state.pt", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    for name, part in parts.items():
+        part.load_state_dict(state["parts"][name])
     torch.set_rng_state(state["rng"])
     return int(state["step"])

@@ -10,13 +10,23 @@ from typing import Annotated, Any
 import tyro
 
 from dpo import __version__
-from dpo.config import DemoConfig, DoctorConfig, MergeConfig, ReportConfig, ScoreConfig, TrainConfig, yaml_to_args
+from dpo.config import (
+    DemoConfig,
+    DoctorConfig,
+    LossesConfig,
+    MergeConfig,
+    ReportConfig,
+    ScoreConfig,
+    TrainConfig,
+    yaml_to_args,
+)
 from dpo.errors import UserError
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
     | Annotated[MergeConfig, tyro.conf.subcommand("merge")]
+    | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
     | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
@@ -73,6 +83,10 @@ def run(config: Any) -> None:
         from dpo.merge_adapter import merge_adapter
 
         merge_adapter(config)
+    elif isinstance(config, LossesConfig):
+        from dpo.losses import print_losses
+
+        print_losses(config)
     else:
         from dpo.demo.run import demo
 

@@ -13,6 +13,7 @@ import yaml
 
 from dpo.comparisons import Comparisons, Kind
 from dpo.errors import UserError
+from dpo.lossflags import LossConfig
 
 Layout = Literal["shared", "packed", "padded"]
 """shared: [prompt | y_1 | ... | y_K]; packed: the prompt repeated before every completion, no padding; padded: one a
@@ -101,7 +102,7 @@ class InputConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(InputConfig):
+class TrainConfig(LossConfig, InputConfig):
     """Train a language model on preferences with Direct Preference Optimization."""
 
     output: str = "runs/dpo"
@@ -112,10 +113,6 @@ class TrainConfig(InputConfig):
     """The split of --eval-data, such as test. None: train, or the only one."""
     eval_fraction: float = 0.0
     """Without --eval-data: hold out this fraction of --data; equal prompts stay on one side."""
-    loss: Literal["sigmoid"] = "sigmoid"
-    """The objective. sigmoid is the paper's."""
-    label_smoothing: float = 0.0
-    """Probability that a preference is labelled the wrong way round (conservative DPO)."""
     reduction: Literal["pairs", "prompts"] = "pairs"
     """What a step averages over: every pair (or ranking) alike, or every prompt alike whatever its number of pairs."""
     pairs_per_step: int = 64
@@ -136,9 +133,10 @@ class TrainConfig(InputConfig):
     """Decoupled for AdamW, added to the gradient for RMSprop."""
     grad_clip: float = 10.0
     """Clip the gradient to this global norm. 0: do not clip."""
-    reference: Literal["cached", "online", "adapter-off"] = "cached"
-    """Log-probs of the reference: computed once before training and kept; with a second model at every step; or, with
-    LoRA, with the policy's own weights and its adapter off."""
+    reference: Literal["auto", "cached", "online", "adapter-off", "none"] = "auto"
+    """Log-probs of the reference: computed once before training and kept (cached); with a second model at every step
+    (online); with LoRA, with the policy's own weights and its adapter off (adapter-off); or none, for losses that use
+    none. auto: cached, or none where the loss uses none."""
     reference_model: str | None = None
     """The reference. None: the policy as it is before training."""
     two_phase: bool = False
@@ -198,16 +196,14 @@ class TrainConfig(InputConfig):
         for name in (*unsigned, "sample_temperature"):
             value = getattr(self, name)
             _require(value is None or value >= 0, _flag(name), "zero or more", value)
-        _require(0 <= self.label_smoothing < 0.5, "--label-smoothing", "0 <= value < 0.5", self.label_smoothing)
-        ranked = self.comparisons == "ranking"
-        _require(not ranked or self.loss == "sigmoid", "--loss", "the default beside --comparisons ranking", self.loss)
-        _require(
-            not (ranked and self.label_smoothing),
-            "--label-smoothing",
-            "0 with --comparisons ranking, which does not use it",
-            self.label_smoothing,
-        )
+        if self.comparisons == "ranking":
+            changed = [f for f in dataclasses.fields(LossConfig) if getattr(self, f.name) != f.default]
+            for option in changed[:1]:
+                expected = "the default beside --comparisons ranking, which does not use it"
+                _require(False, _flag(option.name), expected, getattr(self, option.name))
         self._check_lora()
+        reference = self.resolve_reference(self.reference, self.reference_model, self.reduction)
+        object.__setattr__(self, "reference", reference)
         _require(0 <= self.eval_fraction < 1, "--eval-fraction", "0 <= value < 1", self.eval_fraction)
         same = self.eval_data == self.data and self.eval_split == self.data_split
         if self.sample_prompts is not None:
@@ -272,6 +268,14 @@ class MergeConfig:
     """Precision of the merged weights (the sum itself is fp32). auto: the base checkpoint's."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossesConfig:
+    """Print every loss: formula, options with their values, what it needs, paper."""
+
+    loss: str | None = None
+    """Only these, such as ipo or sigmoid,sft. None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ def forward_only(model: Any, step: StepBatch, ref_logps: RefLogps, objective: Ob
         out = bin_loss(model, b.batch, ref_logps(b), objective)
         _record(result, b, out.token_logps, out, step.share)
     if step.coupled is not None:
-        _record_coupled(result, step, coupled_loss(model, step.coupled, ref_logps, objective))
+        _record_coupled(result, step, coupled_loss(model, step.coupled, ref_logps, objective, learn=False))
     return result
 
 

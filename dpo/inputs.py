@@ -20,6 +20,7 @@ from dpo.adapters import (
     load_reference,
     lora_config,
 )
+from dpo.baseline import RunningBaseline
 from dpo.checks import check_sharing
 from dpo.config import InputConfig, TrainConfig
 from dpo.console import notice, say
@@ -180,7 +181,8 @@ def objective_of(config: InputConfig) -> Objective:
         backend=None if config.kernel_backend == "auto" else config.kernel_backend,
     )
     if isinstance(config, TrainConfig):
-        return replace(objective, loss=config.loss, label_smoothing=config.label_smoothing)
+        baseline = RunningBaseline(resolve_device(config.device)) if config.running_baseline else None
+        return replace(objective, loss=config.loss, options=config.loss_options, baseline=baseline)
     return objective
 
 
@@ -194,7 +196,7 @@ def plan_of(config: InputConfig) -> StepPlan:
         reduction=config.reduction,
         token_budget=config.token_budget,
         layout=config.layout,
-        two_phase=config.two_phase,
+        two_phase=config.two_phase or config.needs_whole_step,
         seed=config.seed,
     )
 

@@ -7,20 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from dpo_kernels import LinearPairLoss, linear_dpo_loss, linear_token_logps, pair_loss, ranking_loss
+from dpo_kernels import (
+    LinearPairLoss,
+    PairCall,
+    TokenStats,
+    linear_dpo_loss,
+    linear_token_logps,
+    ranking_loss,
+    token_pair_loss,
+)
 from dpo_kernels.backends import resolve_backend
 from torch import Tensor
 
+from dpo.baseline import RunningBaseline
 from dpo.model import head_of, trunk
 from dpo.packing import PackedBatch
 from dpo.steps import Bin, Coupled
 
-RefLogps = Callable[[Bin], Tensor]
-"""Gives the reference's per-token log-probs [N] of a bin, on the bin's device."""
+RefLogps = Callable[[Bin], Tensor | None]
+"""Gives the reference's per-token log-probs [N] of a bin, on the bin's device; None for losses without a reference."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,10 @@ class Objective:
 
     loss: str = "sigmoid"
     beta: float = 0.1
-    label_smoothing: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the loss, as `dpo_kernels` takes them."""
+    baseline: RunningBaseline | None = None
+    """Of bco_pair: the mean of all rewards so far."""
     top_k: int | None = None
     """Of rankings, only the first places are choices. None: all."""
     autocast: torch.dtype | None = None
@@ -39,10 +51,12 @@ class Objective:
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"loss": self.loss, "beta": self.beta}
-        if self.label_smoothing:
-            options["label_smoothing"] = self.label_smoothing
-        return options
+        return {"loss": self.loss, "beta": self.beta, **self.options}
+
+    @property
+    def call(self) -> PairCall:
+        """The loss with its options resolved."""
+        return PairCall.check(self.loss, self.beta, "sum", **self.options)
 
     @property
     def head_options(self) -> dict[str, Any]:
@@ -57,16 +71,23 @@ class Objective:
 
 def token_logps(model: Any, batch: PackedBatch, objective: Objective) -> Tensor:
     """Log-probs [N] of a batch's targets, fp32 (float64 for a float64 model), differentiable."""
+    return _token_stats(model, batch, objective, ()).logps
+
+
+def _token_stats(model: Any, batch: PackedBatch, objective: Objective, stats: tuple[str, ...]) -> TokenStats:
     with objective.precision(batch.input_ids.device):
         hidden, head = trunk(model, batch), head_of(model)
-        return linear_token_logps(hidden, head.weight, batch.targets, **head.arguments, **objective.head_options)
+        found = linear_token_logps(
+            hidden, head.weight, batch.targets, **head.arguments, stats=stats, **objective.head_options
+        )
+    return found if isinstance(found, TokenStats) else TokenStats(found)
 
 
-def bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor, objective: Objective) -> LinearPairLoss:
+def bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor | None, objective: Objective) -> LinearPairLoss:
     """One-phase form: the weighted loss of a bin that holds all completions of its pairs.
 
     Args:
-        ref_logps: [N] the reference's per-token log-probs.
+        ref_logps: [N] the reference's per-token log-probs; None for losses without a reference.
     Returns:
         loss (scalar), chosen and rejected rewards [T], token_logps [N].
     """
@@ -139,56 +160,96 @@ class CoupledLoss:
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     token_logps: tuple[Tensor, ...]
-    completion_grads: Tensor
-    """[C] float64: dL/dlp of each completion."""
+    """Of each bin, [N]."""
+    token_grads: tuple[Tensor, ...]
+    """Of each bin, [N] float64: dL/dlp_t."""
     generators: tuple[Tensor, ...]
     """The random generator's state before each bin: the second phase draws the same dropout."""
 
 
-def coupled_loss(model: Any, coupled: Coupled, ref_logps: RefLogps, objective: Objective) -> CoupledLoss:
-    """First phase: log-probs of all bins without gradient, then the loss and its gradient for every completion."""
-    held: list[Tensor] = []
+def coupled_loss(
+    model: Any, coupled: Coupled, ref_logps: RefLogps, objective: Objective, *, learn: bool = True
+) -> CoupledLoss:
+    """First phase: log-probs of all bins without gradient, then the loss and its gradient for every token.
+
+    Args:
+        learn: take the step's rewards into a running baseline.
+    """
+    held: list[TokenStats] = []
+    references: list[Tensor | None] = []
     generators: list[Tensor] = []
-    delta = torch.zeros(coupled.num_completions, dtype=torch.float64, device=coupled.chosen.device)
     with torch.no_grad():
         for b in coupled.bins:
             generators.append(_generator(b.batch.input_ids.device))
-            held.append(token_logps(model, b.batch, objective))
-            difference = held[-1].double() - ref_logps(b).double()
-            delta[b.completions] = segment_sum(difference, b.batch.completion_ids, b.batch.num_completions)
-    delta.requires_grad_()
-    if coupled.rankings is not None:
-        with torch.enable_grad():
-            loss = plackett_luce(delta, coupled.rankings, coupled.ranking_weights, held[0].dtype, objective)
-            (grads,) = torch.autograd.grad(loss, delta)
-        rewards = objective.beta * delta.detach()
-        sides = rewards[coupled.chosen], rewards[coupled.rejected]
-        return CoupledLoss(loss.detach(), *sides, tuple(held), grads)
-    with torch.enable_grad():
-        out = pair_loss(
-            delta,
-            torch.zeros_like(delta),
-            coupled.chosen,
-            coupled.rejected,
-            pair_weights=coupled.pair_weights,
-            reduction="sum",
-            backend=objective.backend,
-            **objective.loss_options,
-        )
-        (grads,) = torch.autograd.grad(out.loss, delta)
-    return CoupledLoss(
-        out.loss.detach(), out.chosen_rewards, out.rejected_rewards, tuple(held), grads, tuple(generators)
-    )
+            held.append(_token_stats(model, b.batch, objective, ("log_sum_sq",) if objective.call.wpo else ()))
+            references.append(ref_logps(b))
+    logps = torch.cat([stats.logps for stats in held]).double().requires_grad_()
+    ref = [part.double() for part in references if part is not None]
+    ids = torch.cat([b.completions[b.batch.completion_ids] for b in coupled.bins])
+    phase = _rankings_of_step if coupled.rankings is not None else _pairs_of_step
+    loss, *sides = phase(logps, torch.cat(ref) if ref else None, ids, held, coupled, objective, learn)
+    (grads,) = torch.autograd.grad(loss, logps)
+    parts = grads.split([stats.logps.numel() for stats in held])
+    return CoupledLoss(loss.detach(), *sides, tuple(s.logps for s in held), parts, tuple(generators))
+
+
+@torch.enable_grad()
+def _rankings_of_step(
+    logps: Tensor,
+    ref: Tensor | None,
+    ids: Tensor,
+    held: list[TokenStats],
+    coupled: Coupled,
+    objective: Objective,
+    learn: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a step's rankings, with the rewards of the pairs that they decide."""
+    assert ref is not None
+    assert coupled.rankings is not None
+    delta = segment_sum(logps - ref, ids, coupled.num_completions)
+    loss = plackett_luce(delta, coupled.rankings, coupled.ranking_weights, held[0].logps.dtype, objective)
+    rewards = objective.beta * delta.detach()
+    return loss, rewards[coupled.chosen], rewards[coupled.rejected]
+
+
+@torch.enable_grad()
+def _pairs_of_step(
+    logps: Tensor,
+    ref: Tensor | None,
+    ids: Tensor,
+    held: list[TokenStats],
+    coupled: Coupled,
+    objective: Objective,
+    learn: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a step's pairs, with their rewards; a running baseline learns from them first."""
+    call = objective.call
+    arguments = logps, ref, ids, coupled.chosen, coupled.rejected
+    settings: dict[str, Any] = {
+        **objective.loss_options,
+        "log_sum_sq": torch.cat([s.log_sum_sq for s in held if s.log_sum_sq is not None]) if call.wpo else None,
+        "num_completions": coupled.num_completions,
+        # a loss that sorts the step's pairs cannot weigh them: it has them all, each alike
+        "reduction": "mean" if call.coupled == "batch" else "sum",
+        "pair_weights": None if call.coupled == "batch" else coupled.pair_weights,
+    }
+    if objective.baseline is not None:
+        if learn:
+            with torch.no_grad():
+                plain = token_pair_loss(*arguments, **settings)
+            objective.baseline.update(torch.cat([plain.chosen_rewards, plain.rejected_rewards]))
+        settings["bco_baseline"] = objective.baseline.mean
+    out = token_pair_loss(*arguments, **settings)
+    return out.loss, out.chosen_rewards, out.rejected_rewards
 
 
 def coupled_backward(model: Any, coupled: Coupled, first: CoupledLoss, objective: Objective) -> None:
-    """Second phase: forward and backward of every bin with dL/dlp fixed, and with the dropout of the first phase."""
-    for b, state in zip(coupled.bins, first.generators, strict=True):
+    """Second phase: forward and backward of every bin with dL/dlp_t fixed, and with the dropout of the first phase."""
+    for b, g, state in zip(coupled.bins, first.token_grads, first.generators, strict=True):
         device = b.batch.input_ids.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
             logps = token_logps(model, b.batch, objective)
-        g = first.completion_grads[b.completions][b.batch.completion_ids]
         logps.backward(g.to(logps.dtype))
 
 

@@ -58,6 +58,10 @@ class AdapterOffReference(OnlineReference):
             return super().__call__(b)
 
 
+def no_reference(b: Bin) -> None:
+    """For losses of the policy's log-probs alone."""
+
+
 class CachedReference:
     """Per-token log-probs of every completion, kept on the host in fp32 and looked up by group and completion.
 

@@ -34,7 +34,7 @@ from dpo.inputs import (
 )
 from dpo.loss import Objective, RefLogps
 from dpo.optim import apply_update, build_optimizer, set_lr, warmup_then_constant
-from dpo.reference import AdapterOffReference, CachedReference, OnlineReference, freeze, store_frozen
+from dpo.reference import AdapterOffReference, CachedReference, OnlineReference, freeze, no_reference, store_frozen
 from dpo.runlog import NotFinite, RunLog
 from dpo.sampler import ReferenceModel, Sampler
 from dpo.samples import plan_samples
@@ -84,7 +84,10 @@ def train(config: TrainConfig) -> TrainResult:
         lr=config.lr,
         weight_decay=config.weight_decay,
     )
-    start = load_state(checkpoint, optimizer) if checkpoint else 0
+    parts: dict[str, Any] = {"optimizer": optimizer}
+    if objective.baseline is not None:
+        parts["baseline"] = objective.baseline
+    start = load_state(checkpoint, parts) if checkpoint else 0
     ref_logps, eval_ref_logps = _references(config, policy, objective, steps, evals, start)
 
     run = start_run(config)
@@ -110,13 +113,13 @@ def train(config: TrainConfig) -> TrainResult:
             try:
                 log.push(bar, step, result, update, lr)
             except NotFinite:
-                save_checkpoint(run, done, model, policy.tokenizer, optimizer, config.keep_checkpoints)
+                save_checkpoint(run, done, model, policy.tokenizer, parts, config.keep_checkpoints)
                 raise
             if done == len(steps) or _due(config.eval_every, done):
                 _evaluate(log, bar, policy, evals, eval_ref_logps, objective, done)
             if done < len(steps) and _due(config.save_every, done):
                 log.flush(bar)
-                save_checkpoint(run, done, model, policy.tokenizer, optimizer, config.keep_checkpoints)
+                save_checkpoint(run, done, model, policy.tokenizer, parts, config.keep_checkpoints)
             log.restart_clock()
         log.flush(bar)
     log.close()
@@ -153,6 +156,8 @@ def _references(
     start: int,
 ) -> tuple[RefLogps, RefLogps]:
     """The reference for training and for evaluation: the policy while it is untrained, else a model of its own."""
+    if config.reference == "none":
+        return no_reference, no_reference
     # a policy with an adapter carries its reference within: the adapter's absence, or its frozen copy
     carried = start == 0 or adapter_of(policy.model) is not None
     model = policy.model

@@ -3,10 +3,12 @@
 N rows, V vocabulary, C completions, T pairs. As `operators.py`, which see.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .operators import _like_gradient, _like_pairs, _options, _pair_call
+from .operators import _like_gradient, _like_pairs, _options
 
 
 @torch.library.custom_op("dpo_kernels::dpo_loss_from_logits", mutates_args=())
@@ -25,18 +27,17 @@ def dpo_loss_from_logits(
     temperature: float,
     logit_scale: float,
     softcap: float,
-    loss: str,
+    codes: Sequence[int],
+    numbers: Sequence[float],
     beta: float,
-    label_smoothing: float,
+    mean_rewards: bool,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`tri.PairOutputs`, then logps, row maximum and 1/sum, each [N]. Gradient: loss, or losses if unreduced."""
     from . import tri
 
-    options, call = (
-        _options(ignore_index, temperature, logit_scale, softcap),
-        _pair_call(loss, beta, label_smoothing, reduction),
-    )
+    options = _options(ignore_index, temperature, logit_scale, softcap)
+    call = tri.KernelCall(tuple(codes), tuple(numbers), beta, mean_rewards, reduction)
     out = tri.fused_forward(
         logits, targets, completion_ids, ref, chosen, rejected, weights, completions, options, call,
         ref_per_token=ref_per_token,
@@ -138,13 +139,13 @@ def _save(ctx, inputs, output) -> None:
 def _gradient(ctx, loss, losses, *_):
     upstream = losses if ctx.reduction == "none" else loss
     if upstream is None:
-        return (None,) * 18
+        return (None,) * 19
     logits, *rest = ctx.saved_tensors
     arguments = upstream.contiguous(), logits, *rest, ctx.completions, *ctx.numbers, ctx.reduction
     if ctx.in_place:
         dpo_loss_from_logits_backward_(*arguments)
-        return (logits, *(None,) * 17)
-    return (dpo_loss_from_logits_backward(*arguments), *(None,) * 17)
+        return (logits, *(None,) * 18)
+    return (dpo_loss_from_logits_backward(*arguments), *(None,) * 18)
 
 
 dpo_loss_from_logits.register_autograd(_gradient, setup_context=_save)

@@ -3,13 +3,16 @@
 Shapes: N rows, V vocabulary, H hidden, C completions, L length, T pairs.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from .calls import PairCall
 from .fused import LinearPairLoss, dpo_loss_from_logits, linear_dpo_loss
 from .head import LoraFactors
-from .pairs import PairCall
+from .losses import LossOptions
 from .sharding import name_of
 
 
@@ -27,7 +30,6 @@ class _PairModule(nn.Module):
         beta: float = 0.1,
         *,
         loss: str = "sigmoid",
-        label_smoothing: float = 0.0,
         reduction: str = "mean",
         ignore_index: int = -100,
         temperature: float = 1.0,
@@ -35,13 +37,14 @@ class _PairModule(nn.Module):
         softcap: float | None = None,
         shift: bool = False,
         backend: str | None = None,
+        **loss_options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
-        PairCall.check(loss, beta, reduction, label_smoothing=label_smoothing)
+        PairCall.check(loss, beta, reduction, **loss_options)
         self.options = {
             "beta": beta,
             "loss": loss,
-            "label_smoothing": label_smoothing,
+            **loss_options,
             "reduction": reduction,
             "ignore_index": ignore_index,
             "temperature": temperature,

@@ -5,6 +5,8 @@ N rows, V vocabulary, C completions, T pairs, R rankings of K places. Operators 
 into the outputs named in each docstring. Order: log-probs, pairs, rankings, logits to loss.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -147,26 +149,24 @@ token_logps.register_autograd(_logps_gradient, setup_context=_save_logps)
 @torch.library.custom_op("dpo_kernels::pair_loss", mutates_args=())
 def pair_loss(
     policy: Tensor,
-    ref: Tensor,
+    ref: Tensor | None,
     chosen: Tensor,
     rejected: Tensor,
     weights: Tensor | None,
-    loss: str,
+    lengths: Tensor | None,
+    codes: Sequence[int],
+    numbers: Sequence[float],
     beta: float,
-    label_smoothing: float,
+    mean_rewards: bool,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """policy, ref [C], chosen, rejected [T] -> `tri.PairOutputs`. Gradient: loss, or losses if unreduced."""
+    """policy, ref [C] (ref or None), chosen, rejected [T] -> `tri.PairOutputs`; codes and numbers of `PairCall`.
+    Gradient: loss, or losses if unreduced.
+    """
     from . import tri
 
-    call = _pair_call(loss, beta, label_smoothing, reduction)
-    return tri.pair_forward(policy, ref, chosen, rejected, weights, call).tensors
-
-
-def _pair_call(loss: str, beta: float, label_smoothing: float, reduction: str):
-    from .pairs import PairCall
-
-    return PairCall(loss, beta, (("label_smoothing", label_smoothing),), reduction)
+    call = tri.KernelCall(tuple(codes), tuple(numbers), beta, mean_rewards, reduction)
+    return tri.pair_forward(policy, ref, chosen, rejected, weights, call, lengths=lengths).tensors
 
 
 def _like_pairs(
@@ -178,7 +178,7 @@ def _like_pairs(
 
 
 @pair_loss.register_fake
-def _(policy, ref, chosen, rejected, weights, loss, beta, label_smoothing, reduction):
+def _(policy, ref, chosen, rejected, weights, lengths, codes, numbers, beta, mean_rewards, reduction):
     return _like_pairs(policy, chosen.numel(), policy.numel(), reduction)
 
 
@@ -198,7 +198,7 @@ def _(slopes, upstream, chosen, rejected, completions):
 def _save_pairs(ctx, inputs, output) -> None:
     policy, ref, chosen, rejected, *_, ctx.reduction = inputs
     _, _, _, slopes, grad = output
-    ctx.dtypes, ctx.completions = (policy.dtype, ref.dtype), policy.numel()
+    ctx.dtypes, ctx.completions = (policy.dtype, None if ref is None else ref.dtype), policy.numel()
     ctx.save_for_backward(slopes, grad, chosen, rejected)
     ctx.mark_non_differentiable(*(output[:1] if ctx.reduction == "none" else output[1:2]), *output[2:])
     ctx.set_materialize_grads(False)
@@ -207,14 +207,14 @@ def _save_pairs(ctx, inputs, output) -> None:
 def _pair_gradient(ctx, loss, losses, *_):
     slopes, grad, chosen, rejected = ctx.saved_tensors
     if loss is None and losses is None:
-        return (None,) * 9
+        return (None,) * 11
     if ctx.reduction == "none":
         found = pair_loss_backward(slopes, losses.contiguous(), chosen, rejected, ctx.completions)
     else:
         found = grad * loss
     policy = found.to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
     ref = -found.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
-    return (policy, ref, *(None,) * 7)
+    return (policy, ref, *(None,) * 9)
 
 
 pair_loss.register_autograd(_pair_gradient, setup_context=_save_pairs)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import operators
 from .backends import resolve_backend
+from .calls import REDUCTIONS
 from .common import accumulation_dtype, check_float, check_index, check_same_device, check_shape
-from .pairs import REDUCTIONS
 
 
 class RankingLoss(NamedTuple):

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference_losses import Completions, sum_of_losses
+
 
 def shape_logits(
     logits: Tensor, *, temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None
@@ -77,25 +79,31 @@ def completion_sums(values: Tensor, completion_ids: Tensor, num_completions: int
 
 def pair_loss(
     policy_logps: Tensor,
-    ref_logps: Tensor,
+    ref_logps: Tensor | None,
     chosen: Tensor,
     rejected: Tensor,
     *,
+    loss: str = "sigmoid",
     beta: float = 0.1,
-    label_smoothing: float = 0.0,
     reduction: str = "mean",
     pair_weights: Tensor | None = None,
+    lengths: Tensor | None = None,
+    **options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """DPO's sigmoid loss (Rafailov et al. 2023, eq. 7), with label smoothing cDPO (Mitchell 2023): loss, rewards."""
-    rewards = beta * (policy_logps - ref_logps)
-    margin = rewards[chosen] - rewards[rejected]
-    losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    """Loss and rewards by the formulas of `reference_losses.py`; a sum as "sigmoid:1,sft:0.1"."""
+    zero = torch.zeros_like(policy_logps)
+    ref = zero if ref_logps is None else ref_logps
+    length = torch.ones_like(policy_logps) if lengths is None else lengths.to(policy_logps.dtype)
+    sides = [Completions(*(part[side] for part in (policy_logps, ref, length))) for side in (chosen, rejected)]
+    losses = sum_of_losses(loss, *sides, beta, options)
     if pair_weights is not None:
         losses = losses * pair_weights
     if reduction == "sum":
         losses = losses.sum()
     elif reduction == "mean":
         losses = losses.sum() / max(chosen.numel(), 1)
+    of_means = loss.split(":")[0] in ("simpo", "alphapo", "orpo")
+    rewards = beta * (policy_logps / length if of_means else policy_logps - ref)
     return losses, rewards[chosen].detach(), rewards[rejected].detach()
 
 
@@ -104,7 +112,7 @@ def linear_dpo_loss(
     weight: Tensor,
     targets: Tensor,
     completion_ids: Tensor,
-    ref_logps: Tensor,
+    ref_logps: Tensor | None,
     chosen: Tensor,
     rejected: Tensor,
     *,
@@ -113,8 +121,9 @@ def linear_dpo_loss(
     logit_options: dict | None = None,
     **loss_options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per-token reference log-probs [N]; log ratios summed token by token: loss, rewards, token log-probs."""
+    """Per-token reference log-probs [N], or None; log ratios summed token by token: loss, rewards, token log-probs."""
     logps = linear_token_logps(hidden, weight, targets, bias=bias, **(logit_options or {}))
-    delta = completion_sums(logps - ref_logps, completion_ids, num_completions)
-    loss, won, lost = pair_loss(delta, torch.zeros_like(delta), chosen, rejected, **loss_options)
+    ratio = logps if ref_logps is None else logps - ref_logps
+    delta = completion_sums(ratio, completion_ids, num_completions)
+    loss, won, lost = pair_loss(delta, None, chosen, rejected, **loss_options)
     return loss, won, lost, logps.detach()

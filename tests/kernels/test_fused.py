@@ -223,7 +223,7 @@ def test_any_packing(rows, completions, count, seed, plan):
         ({"completion_ids": torch.tensor([0, 1])}, "completion_ids: expected shape"),
         ({"ref_logps": torch.zeros(5)}, "ref_logps: expected shape"),
         ({"chosen": torch.tensor([2])}, "chosen: expected entries in"),
-        ({"loss": "ipo"}, "loss: expected one of"),
+        ({"loss": "dpo"}, "loss: expected one of"),
         ({"label_smoothing": 0.7}, "label_smoothing: expected"),
         ({"num_completions": 3, "completion_ids": torch.tensor([0, 2, 1])}, "ref_logps: .* two readings differ"),
     ],

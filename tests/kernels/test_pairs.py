@@ -148,14 +148,3 @@ def test_errors(change, message):
     given = {"policy_logps": torch.zeros(4), "ref_logps": torch.zeros(4), "chosen": torch.tensor([0])}
     with pytest.raises(ValueError, match=message):
         pair_loss(**(given | {"rejected": torch.tensor([1])} | change))
-
-
-def test_an_option_that_the_loss_does_not_use_is_refused(monkeypatch):
-    from dpo_kernels import pairs as module
-
-    plain = module.LossEntry(lambda won, lost, beta, options: (won - lost, won * 0 + 1, lost * 0 - 1), "none")
-    monkeypatch.setitem(module.LOSSES, "plain", plain)
-    given = (torch.zeros(2), torch.zeros(2), torch.tensor([0]), torch.tensor([1]))
-    assert pair_loss(*given, loss="plain").loss.item() == 0.0
-    with pytest.raises(ValueError, match="label_smoothing: loss 'plain' does not use it"):
-        pair_loss(*given, loss="plain", label_smoothing=0.1)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from dpo_kernels import reference
+from dpo_kernels.calls import PairCall
 from dpo_kernels.common import LogitOptions
-from dpo_kernels.pairs import PairCall
-from dpo_kernels.tri import fixed
+from dpo_kernels.tri import KernelCall, fixed
 from dpo_kernels.tri.fused import fused_backward, fused_forward
 
 from tests.harness.hints import check_hints
@@ -17,7 +17,7 @@ IGNORE = -100
 
 
 def call(reduction="mean", smoothing=0.0):
-    return PairCall.check("sigmoid", 0.1, reduction, label_smoothing=smoothing)
+    return KernelCall.of(PairCall.check("sigmoid", 0.1, reduction, label_smoothing=smoothing))
 
 
 class Batch:

@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
+from dpo_kernels.calls import PairCall
 from dpo_kernels.common import LogitOptions
-from dpo_kernels.pairs import PairCall
-from dpo_kernels.tri import fixed, rows
+from dpo_kernels.losses import KERNEL_IDS, LOSSES
+from dpo_kernels.tri import KernelCall, fixed, rows
 from dpo_kernels.tri.fused import fused_backward, fused_forward
 from dpo_kernels.tri.logits import logps_backward, logps_forward
 from dpo_kernels.tri.pairs import pair_backward, pair_forward
@@ -63,15 +64,32 @@ def test_every_launch_configuration(target, dtype, vocabulary, options):
         assert_streams_well(code, vocabulary)
 
 
+def kernel_call(loss="sigmoid", reduction="mean", **options):
+    return KernelCall.of(PairCall.check(loss, 0.1, reduction, **options))
+
+
+EVERY_LOSS = ",".join(KERNEL_IDS)
+"""All of the arithmetic in one kernel."""
+
+
 def compile_fused(
-    target, dtype, vocabulary, *, padded=False, ref="token", weighted=False, reduction="mean", softcap=None
+    target,
+    dtype,
+    vocabulary,
+    *,
+    padded=False,
+    ref="token",
+    weighted=False,
+    reduction="mean",
+    softcap=None,
+    loss="sigmoid",
 ):
     """Machine code of the one-launch forward and backward."""
     logits, targets = torch.empty(4, 2, vocabulary, dtype=dtype), torch.zeros(4, 2, dtype=torch.long)
     ids, index, numbers = None if padded else targets, torch.zeros(3, dtype=torch.long), torch.zeros(8)
     references = {"token": numbers, "completion": numbers[:4], "none": None}[ref]
     weights = numbers[:3] if weighted else None
-    options, call = LogitOptions(softcap=softcap), PairCall.check("sigmoid", 0.1, reduction, label_smoothing=0.0)
+    options, call = LogitOptions(softcap=softcap), kernel_call(loss, reduction)
     work = torch.zeros(fixed.workspace_size(4), dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch, compiling(target) as compiled:
         patch.setattr(rows, "warp_size", lambda device: TARGETS[target].warp_size)
@@ -90,12 +108,24 @@ def compile_finishers(target):
     with pytest.MonkeyPatch.context() as patch, compiling(target) as compiled:
         patch.setattr(rows, "warp_size", lambda device: TARGETS[target].warp_size)
         for reduction in ("mean", "none"):
-            call = PairCall.check("sigmoid", 0.1, reduction, label_smoothing=0.0)
             for weights in (None, numbers):
-                pair_forward(values, values, index, index, weights, call, work=work)
+                pair_forward(values, values, index, index, weights, kernel_call(reduction=reduction), work=work)
             ranking_forward(values, values, rankings, 0.1, reduction, 4, work=work)
         pair_backward(numbers.expand(2, 3), numbers, index, index, 4, work=work)
         ranking_backward(torch.zeros(3, 4), numbers, rankings, 4, work=work)
+    return [machine_code(kernel) for kernel in compiled]
+
+
+def compile_losses(target, losses, divergences=("reverse_kl",)):
+    """Machine code of the pair kernel with each of these losses."""
+    values, index, lengths = torch.zeros(4), torch.zeros(3, dtype=torch.long), torch.ones(4, dtype=torch.long)
+    work = torch.zeros(fixed.workspace_size(4), dtype=torch.int64)
+    with pytest.MonkeyPatch.context() as patch, compiling(target) as compiled:
+        patch.setattr(rows, "warp_size", lambda device: TARGETS[target].warp_size)
+        for loss in losses:
+            for divergence in divergences:
+                call = kernel_call(loss, f_divergence=divergence)
+                pair_forward(values, values, index, index, None, call, lengths=lengths, work=work)
     return [machine_code(kernel) for kernel in compiled]
 
 
@@ -157,6 +187,21 @@ def test_pair_and_ranking_kernels(target):
         assert code.shared <= SHARED_LIMIT[target]
 
 
+@pytest.mark.parametrize("target", SOME_TARGETS)
+def test_every_loss_in_one_kernel(target):
+    (code,) = compile_losses(target, [EVERY_LOSS])
+    assert code.stack == 0
+    assert code.shared <= SHARED_LIMIT[target]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_single_loss(target):
+    margins = [name for name in KERNEL_IDS if "f_divergence" in LOSSES[name].options]
+    for code in compile_losses(target, KERNEL_IDS) + compile_losses(target, margins, ("forward_kl", "js", "alpha")):
+        assert code.stack == 0, f"{code.name} on {target}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -169,6 +214,8 @@ def test_pair_and_ranking_kernels(target):
         {"ref": "none", "padded": True},
         {"reduction": "none", "softcap": 30.0},
         {"softcap": 30.0, "weighted": True, "padded": True},
+        {"loss": "sigmoid:1,sft:0.1"},
+        {"loss": "ipo", "ref": "completion"},
     ],
     ids=str,
 )

@@ -17,6 +17,8 @@ from tests.harness.interpret import interpret
 from tests.harness.traffic import count_traffic
 
 NUMBERS = (-100, 0.8, 1.5, 0.0)
+NUMBERS_OF_A_TERM = [1.0, 0.1, 0.0, 0.5]
+"""Of the sigmoid loss, code 0: weight, smoothing."""
 
 
 @pytest.fixture
@@ -59,7 +61,9 @@ class TestOpcheck:
 
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_pair_loss(self, reduction):
-        torch.library.opcheck(operators.pair_loss, (*pairs(), None, "sigmoid", 0.1, 0.0, reduction))
+        torch.library.opcheck(
+            operators.pair_loss, (*pairs(), None, None, [0], NUMBERS_OF_A_TERM, 0.1, False, reduction)
+        )
 
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_ranking_loss(self, reduction):
@@ -72,7 +76,7 @@ class TestOpcheck:
         logits, targets = rows()
         _, ref, chosen, rejected = pairs()
         tensors = logits, targets, torch.randint(0, 4, (5,)), ref, chosen, rejected, None
-        numbers = 4, False, False, *NUMBERS, "sigmoid", 0.1, 0.0, reduction
+        numbers = 4, False, False, *NUMBERS, [0], NUMBERS_OF_A_TERM, 0.1, False, reduction
         torch.library.opcheck(fused_operators.dpo_loss_from_logits, (*tensors, *numbers))
 
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from dpo_kernels import reference
-from dpo_kernels.pairs import PairCall
-from dpo_kernels.tri import fixed
+from dpo_kernels.calls import PairCall
+from dpo_kernels.tri import KernelCall, fixed
 from dpo_kernels.tri.pairs import pair_backward, pair_forward
 from dpo_kernels.tri.rankings import ranking_backward, ranking_forward
 from hypothesis import HealthCheck, given, settings
@@ -34,7 +34,7 @@ def make(completions, pairs, *, spread=20.0, seed=0):
 
 
 def call(reduction="mean", beta=0.3, smoothing=0.0):
-    return PairCall.check("sigmoid", beta, reduction, label_smoothing=smoothing)
+    return KernelCall.of(PairCall.check("sigmoid", beta, reduction, label_smoothing=smoothing))
 
 
 @pytest.mark.parametrize(("completions", "pairs"), [(1, 1), (2, 1), (5, 4), (300, 700), (3, 0)])

@@ -6,6 +6,7 @@ Launchers take plain tensors and launch; operators, autograd and checks of argum
 from .fused import FusedOutputs, fused_backward, fused_forward
 from .head import head_backward, head_forward
 from .logits import logps_backward, logps_forward
+from .losses import KernelCall
 from .pairs import PairOutputs, pair_backward, pair_forward
 from .probe import interpreter_problem
 from .rankings import RankingOutputs, ranking_backward, ranking_forward
@@ -13,6 +14,7 @@ from .rows import empty_in_phase
 
 __all__ = [
     "FusedOutputs",
+    "KernelCall",
     "PairOutputs",
     "RankingOutputs",
     "empty_in_phase",

@@ -13,7 +13,7 @@ import triton.language as tl
 
 COUNT, BAD, SUMS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Places in the workspace: programs done, rows of no existing completion, then sums [C], marks [C], gradients [C],
-marks [C].
+marks [C], and where a loss needs them, log-probs [C], marks [C], tokens [C].
 """
 
 UP, DOWN = tl.constexpr(2.0**28), tl.constexpr(2.0**-28)
@@ -25,7 +25,7 @@ _held: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def workspace_size(completions: int) -> int:
-    return 2 + 4 * completions
+    return 2 + 7 * completions
 
 
 def workspace(device: torch.device, completions: int) -> torch.Tensor:
@@ -55,21 +55,31 @@ def round_to_int(x):
 def publish(work, completion, value, C):
     """Add one row's float64 log ratio to its completion. Scalars only: they run on the thread that takes the ticket."""
     known = completion < C
-    slot = tl.where(known, completion, 0)
-    finite = tl.abs(value) < LARGEST
-    one = tl.full([], 1, tl.int64)
-    steps = round_to_int(tl.where(finite, value, 0.0) * UP)
-    tl.atomic_add(work + SUMS + slot, steps, mask=known & finite, sem="relaxed")
-    mark = one << tl.where(value > 0.0, 40, tl.where(value < 0.0, 20, 0))
-    tl.atomic_add(work + SUMS + C + slot, mark, mask=known & (finite == 0), sem="relaxed")
-    tl.atomic_add(work + BAD, one, mask=known == 0, sem="relaxed")
+    add_value(work + SUMS, tl.where(known, completion, 0), known, value, C)
+    tl.atomic_add(work + BAD, tl.full([], 1, tl.int64), mask=known == 0, sem="relaxed")
 
 
 @triton.jit
-def published(work, completion, C, mask):
+def add_value(sums, slot, known, value, C):
+    """Add one float64 value to sums[slot]."""
+    finite = tl.abs(value) < LARGEST
+    steps = round_to_int(tl.where(finite, value, 0.0) * UP)
+    tl.atomic_add(sums + slot, steps, mask=known & finite, sem="relaxed")
+    mark = tl.full([], 1, tl.int64) << tl.where(value > 0.0, 40, tl.where(value < 0.0, 20, 0))
+    tl.atomic_add(sums + C + slot, mark, mask=known & (finite == 0), sem="relaxed")
+
+
+@triton.jit
+def count_token(tokens, completion, C):
+    """Count one row of its completion."""
+    tl.atomic_add(tokens + completion, tl.full([], 1, tl.int64), mask=completion < C, sem="relaxed")
+
+
+@triton.jit
+def published(sums, completion, C, mask):
     """The float64 sums of completions, read past the L1 cache."""
-    total = tl.load(work + SUMS + completion, mask=mask, other=0, cache_modifier=".cg").to(tl.float64) * DOWN
-    marks = tl.load(work + SUMS + C + completion, mask=mask, other=0, cache_modifier=".cg")
+    total = tl.load(sums + completion, mask=mask, other=0, cache_modifier=".cg").to(tl.float64) * DOWN
+    marks = tl.load(sums + C + completion, mask=mask, other=0, cache_modifier=".cg")
     up, down, nan = marks >> 40, (marks >> 20) & 0xFFFFF, marks & 0xFFFFF
     infinite = tl.where(up > 0, float("inf"), float("-inf"))
     return tl.where(marks == 0, total, tl.where((nan > 0) | ((up > 0) & (down > 0)), float("nan"), infinite))

@@ -15,16 +15,23 @@ import triton
 import triton.language as tl
 
 from ..common import LogitOptions
-from ..pairs import PairCall
 from . import fixed
 from . import rows as _rows
-from .fixed import BAD, COUNT, SUMS, publish, scatter_pairs
+from .fixed import BAD, COUNT, SUMS, add_value, count_token, publish, scatter_pairs
 from .logits import LOG2_E, row_statistics, shaping, target_score, write_row_gradient, write_row_zeros
-from .losses import LOSS_IDS
-from .pairs import THREADS, PairOutputs, fixed_bits, pair_backward, pass_over_pairs, reduction_factor
+from .losses import KernelCall
+from .pairs import (
+    COMPLETION_REFERENCE,
+    NO_REFERENCE,
+    THREADS,
+    TOKEN_REFERENCE,
+    PairOutputs,
+    fixed_bits,
+    pair_backward,
+    pass_over_pairs,
+    reduction_factor,
+)
 from .rows import row_start
-
-NO_REFERENCE, TOKEN_REFERENCE, COMPLETION_REFERENCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -36,20 +43,24 @@ def completion_of(completion_ids, row, length, PADDED: tl.constexpr):
 @triton.jit
 def finish(
     ref, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes, lost_slopes, grad,
-    T, C, bits, beta, smoothing, factor,
-    LOSS: tl.constexpr, REFERENCE: tl.constexpr, WEIGHTED: tl.constexpr, REDUCED: tl.constexpr, BLOCK: tl.constexpr,
+    T, C, bits, beta, numbers, factor,
+    TERMS: tl.constexpr, REFERENCE: tl.constexpr, MIXED: tl.constexpr, LENGTHS: tl.constexpr,
+    MEAN_REWARDS: tl.constexpr, WEIGHTED: tl.constexpr, REDUCED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the last program does: pairs, loss, dL/dlp, and a clean workspace."""
     lane = tl.arange(0, BLOCK)
     bad = tl.load(work + BAD, cache_modifier=".cg")
     pass_over_pairs(
-        ref, ref, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes, lost_slopes,
-        T, C, beta, smoothing, tl.where(bad > 0, float("nan"), factor), LOSS,
-        2 if REFERENCE == COMPLETION_REFERENCE else 1, WEIGHTED, BLOCK,
+        ref, ref, work, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes,
+        lost_slopes, T, C, beta, numbers, tl.where(bad > 0, float("nan"), factor), TERMS, True, REFERENCE, MIXED,
+        LENGTHS, MEAN_REWARDS, WEIGHTED, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()
     for first in range(0, 2 * C, BLOCK):
         tl.store(work + SUMS + first + lane, tl.zeros([BLOCK], tl.int64), mask=first + lane < 2 * C)
+    if MIXED or LENGTHS:
+        for first in range(0, 3 * C, BLOCK):
+            tl.store(work + SUMS + 4 * C + first + lane, tl.zeros([BLOCK], tl.int64), mask=first + lane < 3 * C)
     if REDUCED:
         scatter_pairs(
             won_slopes, lost_slopes, losses, chosen, rejected, grad, work + SUMS + 2 * C, T, C, bits, factor, False,
@@ -64,9 +75,10 @@ def fused_forward_kernel(
     logits, targets, completion_ids, ref, logps, row_max, row_inv_sum, work, chosen, rejected, weights, loss, losses,
     won_rewards, lost_rewards, won_slopes, lost_slopes, grad,
     N, V, phase, inner, outer_stride, inner_stride, length, ignore_index, inside, cap, outside, base2,
-    T, C, bits, beta, smoothing, factor,
+    T, C, bits, beta, numbers, factor,
     VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PEEL: tl.constexpr, SHAPE: tl.constexpr,
-    PADDED: tl.constexpr, LOSS: tl.constexpr, REFERENCE: tl.constexpr, WEIGHTED: tl.constexpr, REDUCED: tl.constexpr,
+    PADDED: tl.constexpr, TERMS: tl.constexpr, REFERENCE: tl.constexpr, MIXED: tl.constexpr, LENGTHS: tl.constexpr,
+    MEAN_REWARDS: tl.constexpr, WEIGHTED: tl.constexpr, REDUCED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if row < N:
@@ -86,6 +98,12 @@ def fused_forward_kernel(
             value = lp.to(tl.float64)
             if REFERENCE == TOKEN_REFERENCE:
                 value -= tl.load(ref + row).to(tl.float64)
+                if MIXED:
+                    inside_work = completion < C
+                    slot = tl.where(inside_work, completion, 0)
+                    add_value(work + SUMS + 4 * C, slot, inside_work, lp.to(tl.float64), C)
+            if LENGTHS:
+                count_token(work + SUMS + 6 * C, completion, C)
             publish(work, completion, value, C)
         tl.store(logps + row, lp)
         tl.store(row_max + row, m)
@@ -96,7 +114,8 @@ def fused_forward_kernel(
     if ticket == tl.num_programs(0) - 1:
         finish(
             ref, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes, lost_slopes,
-            grad, T, C, bits, beta, smoothing, factor, LOSS, REFERENCE, WEIGHTED, REDUCED, LANES,
+            grad, T, C, bits, beta, numbers, factor, TERMS, REFERENCE, MIXED, LENGTHS, MEAN_REWARDS, WEIGHTED,
+            REDUCED, LANES,
         )  # fmt: skip
 
 
@@ -156,7 +175,7 @@ def _index(targets: torch.Tensor, completion_ids: torch.Tensor | None) -> tuple[
 def fused_forward(
     logits: torch.Tensor, targets: torch.Tensor, completion_ids: torch.Tensor | None, ref: torch.Tensor | None,
     chosen: torch.Tensor, rejected: torch.Tensor, weights: torch.Tensor | None, completions: int,
-    options: LogitOptions, call: PairCall, *, ref_per_token: bool, work: torch.Tensor | None = None,
+    options: LogitOptions, call: KernelCall, *, ref_per_token: bool, work: torch.Tensor | None = None,
 ) -> FusedOutputs:  # fmt: skip
     """logits [..., V]; targets, completion_ids [...] int64, or ids None for a padded [C, L, V] batch; chosen,
     rejected [T] int64; ref per token or per completion, or None.
@@ -175,9 +194,11 @@ def fused_forward(
         work, chosen.contiguous(), rejected.contiguous(), out.logps if weights is None else weights.contiguous(),
         *out.pairs.arguments, rows.count, vocabulary, _rows.phase_of(logits), *rows.strides, length,
         options.ignore_index, inside, cap, outside, outside * LOG2_E, pairs, completions, fixed_bits(pairs), call.beta,
-        dict(call.options).get("label_smoothing", 0.0), reduction_factor(call, pairs),
+        call.rows, reduction_factor(call.reduction, pairs),
         VEC=launch.vec, LANES=launch.lanes, UNROLL=launch.unroll, PEEL=_rows.is_peeled(logits, rows), SHAPE=shape,
-        PADDED=completion_ids is None, LOSS=LOSS_IDS[call.loss], REFERENCE=kind.value, WEIGHTED=weights is not None,
+        PADDED=completion_ids is None, TERMS=call.codes, REFERENCE=kind.value,
+        MIXED=call.mixed and kind is TOKEN_REFERENCE,
+        LENGTHS=call.lengths, MEAN_REWARDS=call.mean_rewards, WEIGHTED=weights is not None,
         REDUCED=call.reduction != "none", num_warps=launch.warps, **_rows.registers(device),
     )  # fmt: skip
     return out

@@ -11,34 +11,48 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pairs import PairCall
 from . import fixed, rows
 from .fixed import SUMS, published, scatter_pairs
-from .losses import LOSS_IDS, pair_formula
+from .losses import KernelCall, sum_of_losses
 
 THREADS = 256
 """Of the one program that works on pairs; also pairs a pass, so that each thread rereads only what it wrote itself."""
 
-FROM_TENSORS, FROM_WORKSPACE, FROM_WORKSPACE_LESS_REFERENCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NO_REFERENCE, TOKEN_REFERENCE, COMPLETION_REFERENCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def completion_delta(policy, ref, work, completion, known, C, SOURCE: tl.constexpr):
-    """float64 log ratios of completions; NaN for one that does not exist."""
-    if SOURCE == FROM_TENSORS:
-        delta = tl.load(policy + completion, mask=known, other=float("nan")).to(tl.float64)
+def completion_values(
+    policy, ref, lengths, work, completion, known, C,
+    IN_WORK: tl.constexpr, REFERENCE: tl.constexpr, MIXED: tl.constexpr, LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """(log ratio, policy's log-prob, 1 / tokens) of completions, float64; NaN for one that does not exist."""
+    nothing = tl.full(completion.shape, float("nan"), tl.float64)
+    if IN_WORK:
+        logp = tl.where(known, published(work + SUMS, completion, C, known), nothing)
     else:
-        delta = published(work, completion, C, known)
-    if SOURCE != FROM_WORKSPACE:
-        delta -= tl.load(ref + completion, mask=known, other=0.0).to(tl.float64)
-    return tl.where(known, delta, float("nan"))
+        logp = tl.load(policy + completion, mask=known, other=float("nan")).to(tl.float64)
+    delta = logp
+    if REFERENCE == COMPLETION_REFERENCE:
+        delta = logp - tl.load(ref + completion, mask=known, other=0.0).to(tl.float64)
+    if MIXED and IN_WORK and REFERENCE == TOKEN_REFERENCE:
+        logp = tl.where(known, published(work + SUMS + 4 * C, completion, C, known), nothing)
+    share = tl.full(completion.shape, 1.0, tl.float64)
+    if LENGTHS:
+        if IN_WORK:
+            tokens = tl.load(work + SUMS + 6 * C + completion, mask=known, other=1, cache_modifier=".cg")
+        else:
+            tokens = tl.load(lengths + completion, mask=known, other=1)
+        share = 1.0 / tl.maximum(tokens, 1).to(tl.float64)
+    return delta, logp, share
 
 
 @triton.jit
 def pass_over_pairs(
-    policy, ref, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes, lost_slopes,
-    T, C, beta, smoothing, factor,
-    LOSS: tl.constexpr, SOURCE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    policy, ref, lengths, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes,
+    lost_slopes, T, C, beta, numbers, factor,
+    TERMS: tl.constexpr, IN_WORK: tl.constexpr, REFERENCE: tl.constexpr, MIXED: tl.constexpr, LENGTHS: tl.constexpr,
+    MEAN_REWARDS: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Losses, rewards and slopes of every pair, and factor * the sum of the losses."""
     lane = tl.arange(0, BLOCK)
@@ -48,11 +62,19 @@ def pass_over_pairs(
         inside = pair < T
         i = tl.load(chosen + pair, mask=inside, other=-1)
         j = tl.load(rejected + pair, mask=inside, other=-1)
-        won = completion_delta(policy, ref, work, i, (i >= 0) & (i < C), C, SOURCE)
-        lost = completion_delta(policy, ref, work, j, (j >= 0) & (j < C), C, SOURCE)
-        tl.store(won_rewards + pair, (won * beta).to(tl.float32), mask=inside)
-        tl.store(lost_rewards + pair, (lost * beta).to(tl.float32), mask=inside)
-        value, won_slope, lost_slope = pair_formula(won, lost, beta, smoothing, LOSS)
+        won, won_lp, won_share = completion_values(
+            policy, ref, lengths, work, i, (i >= 0) & (i < C), C, IN_WORK, REFERENCE, MIXED, LENGTHS
+        )
+        lost, lost_lp, lost_share = completion_values(
+            policy, ref, lengths, work, j, (j >= 0) & (j < C), C, IN_WORK, REFERENCE, MIXED, LENGTHS
+        )
+        won_reward = won * (won_share if MEAN_REWARDS else 1.0) * beta
+        lost_reward = lost * (lost_share if MEAN_REWARDS else 1.0) * beta
+        tl.store(won_rewards + pair, won_reward.to(tl.float32), mask=inside)
+        tl.store(lost_rewards + pair, lost_reward.to(tl.float32), mask=inside)
+        value, won_slope, lost_slope = sum_of_losses(
+            won, lost, won_lp, lost_lp, won_share, lost_share, beta, numbers, TERMS
+        )
         if WEIGHTED:
             # A pair of weight 0 counts for nothing, whatever its loss.
             weight = tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)
@@ -68,13 +90,15 @@ def pass_over_pairs(
 
 @triton.jit
 def pair_forward_kernel(
-    policy, ref, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes, lost_slopes,
-    grad, T, C, bits, beta, smoothing, factor,
-    LOSS: tl.constexpr, WEIGHTED: tl.constexpr, REDUCED: tl.constexpr, BLOCK: tl.constexpr,
+    policy, ref, lengths, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes,
+    lost_slopes, grad, T, C, bits, beta, numbers, factor,
+    TERMS: tl.constexpr, REFERENCE: tl.constexpr, LENGTHS: tl.constexpr, MEAN_REWARDS: tl.constexpr,
+    WEIGHTED: tl.constexpr, REDUCED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pass_over_pairs(
-        policy, ref, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes,
-        lost_slopes, T, C, beta, smoothing, factor, LOSS, FROM_TENSORS, WEIGHTED, BLOCK,
+        policy, ref, lengths, work, chosen, rejected, weights, loss, losses, won_rewards, lost_rewards, won_slopes,
+        lost_slopes, T, C, beta, numbers, factor, TERMS, False, REFERENCE, False, LENGTHS, MEAN_REWARDS, WEIGHTED,
+        BLOCK,
     )  # fmt: skip
     if REDUCED:
         tl.debug_barrier()
@@ -130,23 +154,29 @@ def pair_warps(device: torch.device) -> int:
     return THREADS // rows.warp_size(device)
 
 
-def reduction_factor(call: PairCall, pairs: int) -> float:
-    return 1.0 / max(pairs, 1) if call.reduction == "mean" else 1.0
+def reduction_factor(reduction: str, pairs: int) -> float:
+    return 1.0 / max(pairs, 1) if reduction == "mean" else 1.0
 
 
 def pair_forward(
-    policy: torch.Tensor, ref: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor,
-    weights: torch.Tensor | None, call: PairCall, *, work: torch.Tensor | None = None,
+    policy: torch.Tensor, ref: torch.Tensor | None, chosen: torch.Tensor, rejected: torch.Tensor,
+    weights: torch.Tensor | None, call: KernelCall, *, lengths: torch.Tensor | None = None,
+    work: torch.Tensor | None = None,
 ) -> PairOutputs:  # fmt: skip
-    """policy, ref [C] of any floating dtypes, chosen, rejected [T] int64, weights [T] or None -> `PairOutputs`."""
+    """policy, ref [C] of any floating dtypes (ref None: zero), chosen, rejected [T] int64, weights [T] or None, lengths
+    [C] of integers where the call divides by them -> `PairOutputs`.
+    """
     pairs, completions, device = chosen.numel(), policy.numel(), policy.device
     out = PairOutputs.allocate(policy, pairs, completions, call.reduction)
     work = fixed.workspace(device, completions) if work is None else work
+    policy = policy.contiguous()
     pair_forward_kernel[(1,)](
-        policy.contiguous(), ref.contiguous(), work, chosen.contiguous(), rejected.contiguous(),
-        out.losses if weights is None else weights.contiguous(), *out.arguments, pairs, completions, fixed_bits(pairs),
-        call.beta, dict(call.options).get("label_smoothing", 0.0), reduction_factor(call, pairs),
-        LOSS=LOSS_IDS[call.loss], WEIGHTED=weights is not None, REDUCED=call.reduction != "none", BLOCK=THREADS,
+        policy, policy if ref is None else ref.contiguous(), work if lengths is None else lengths.contiguous(), work,
+        chosen.contiguous(), rejected.contiguous(), out.losses if weights is None else weights.contiguous(),
+        *out.arguments, pairs, completions, fixed_bits(pairs), call.beta, call.rows,
+        reduction_factor(call.reduction, pairs), TERMS=call.codes,
+        REFERENCE=(NO_REFERENCE if ref is None else COMPLETION_REFERENCE).value, LENGTHS=call.lengths,
+        MEAN_REWARDS=call.mean_rewards, WEIGHTED=weights is not None, REDUCED=call.reduction != "none", BLOCK=THREADS,
         num_warps=pair_warps(device),
     )  # fmt: skip
     return out
