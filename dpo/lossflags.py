@@ -26,7 +26,7 @@ class LossConfig:
     f_alpha: float | None = None
     """With --f-divergence alpha: near 0 reverse KL, 1 forward KL. None: 0.5."""
     token_reduction: Literal["mean", "sum"] | None = None
-    """Log-probs of a completion as mean over its tokens or as sum: ipo, cpo, unlikelihood, sft. None: the loss's own."""
+    """A completion's log-probs as mean over its tokens or as sum: ipo, cpo, unlikelihood, sft. None: the loss's own."""
     discopop_tau: float | None = None
     """Temperature of discopop's blend. None: 0.05."""
     gamma: float | None = None
