@@ -63,6 +63,8 @@ class PairCall:
             if name == "exo_pair" and values["label_smoothing"] == 0:
                 raise ValueError("label_smoothing: loss 'exo_pair' expected 0 < value < 0.5, found 0")
             terms.append(Term(name, weight, tuple(values.items())))
+        if reduction == "none" and any(LOSSES[name].coupled == "batch" for name, _ in parts):
+            raise ValueError(f"reduction: loss {loss!r} sorts the pairs; expected mean or sum, found 'none'")
         rows = {key: given[key] for key in ROW_OPTIONS if key in given}
         return cls(tuple(terms), beta, reduction, **rows)
 

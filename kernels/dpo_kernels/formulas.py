@@ -57,13 +57,12 @@ def divergence_score(delta: Tensor, kind: str, alpha: float) -> tuple[Tensor, Te
     """f'(u) at u = e^delta, which takes the place of log u in a reward, and its derivative by delta.
 
     reverse KL log u; forward KL 1 - 1/u; Jensen-Shannon log(2u / (1 + u)); alpha (1 - u^-alpha) / alpha
-    (Wang et al. 2023, arXiv:2309.16240, table 1; constants do not matter in a margin).
+    (Wang et al. 2023, arXiv:2309.16240, table 1, each with the constant that makes f'(1) = 0).
     """
     if kind == "reverse_kl":
         return delta, torch.ones_like(delta)
     if kind == "js":
-        # log 2 cancels between the two sides: adding it would only round
-        return F.logsigmoid(delta), torch.sigmoid(-delta)
+        return F.logsigmoid(delta) + math.log(2.0), torch.sigmoid(-delta)
     rate = 1.0 if kind == "forward_kl" else alpha
     return -torch.expm1(-rate * delta) / rate, torch.exp(-rate * delta)
 

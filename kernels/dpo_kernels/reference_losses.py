@@ -29,12 +29,12 @@ class Completions(NamedTuple):
 
 
 def score(ratio: Tensor, options: dict[str, Any]) -> Tensor:
-    """f'(pi / pi_ref) of f-DPO."""
+    """f'(pi / pi_ref) of f-DPO, 0 where they are equal."""
     u, kind = ratio.exp(), options.get("f_divergence", "reverse_kl")
     if kind == "reverse_kl":
         return ratio
     if kind == "forward_kl":
-        return -1.0 / u
+        return 1.0 - 1.0 / u
     if kind == "js":
         return torch.log(2.0 * u / (1.0 + u))
     alpha = options.get("f_alpha", 0.5)

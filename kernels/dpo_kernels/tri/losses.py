@@ -7,6 +7,7 @@ Order: functions, losses of a margin, all losses, weighted sums, what a launch n
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
+import math
 from dataclasses import dataclass
 
 import triton
@@ -23,6 +24,8 @@ SIMPO, ALPHA, ORPO = (tl.constexpr(KERNEL_IDS[name]) for name in ("simpo", "alph
 CPO, UNLIKELY, SFT = (tl.constexpr(KERNEL_IDS[name]) for name in ("cpo", "unlikelihood", "sft"))
 REVERSE_KL, FORWARD_KL = tl.constexpr(DIVERGENCES.index("reverse_kl")), tl.constexpr(DIVERGENCES.index("forward_kl"))
 JENSEN_SHANNON, ALPHA_DIVERGENCE = tl.constexpr(DIVERGENCES.index("js")), tl.constexpr(DIVERGENCES.index("alpha"))
+
+LOG_2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
@@ -56,12 +59,12 @@ def chain(slope, inner):
 
 @triton.jit
 def score(delta, alpha, DIVERGENCE: tl.constexpr):
-    """(f'(e^delta), its derivative by delta), float64; JS without its constant."""
+    """(f'(e^delta), its derivative by delta), float64."""
     if DIVERGENCE == REVERSE_KL:
         value = delta
         slope = tl.full(delta.shape, 1.0, tl.float64)
     elif DIVERGENCE == JENSEN_SHANNON:
-        value = -softplus(-delta)
+        value = LOG_2 - softplus(-delta)
         slope = sigmoid(-delta)
     else:
         rate = 1.0 if DIVERGENCE == FORWARD_KL else alpha
