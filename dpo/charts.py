@@ -133,9 +133,10 @@ def lines(
     y_range: tuple[float, float] | None = None,
     log: bool = False,
     rule: tuple[float, str] | None = None,
+    marks: Sequence[float] = (),
     note: str = "",
 ) -> str:
-    """Curves over steps. rule: a height that means something, and its name."""
+    """Curves over steps. rule: a height that means something, and its name. marks: places that do."""
     series = [s for s in series if len(s.x)]
     if not series:
         return ""
@@ -154,6 +155,9 @@ def lines(
         parts.append(
             f'<text class="tick" x="{WIDTH - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(rule[1])}</text>'
         )
+    for place in marks:
+        x = axes.px(place)
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     for s in series:
         parts.append(_curve(axes, s))
     readable = [s for s in series if s.shape != "faint"]

@@ -21,6 +21,7 @@ _FREE = {
     "save_every", "keep_checkpoints", "log_every", "token_budget", "share_prefix", "padded", "check_sharing", "device",
     "head_plan", "head_workspace_mb", "kernel_backend", "gradient_checkpointing", "reference", "two_phase",
     "log_to", "sample_prompts", "samples_per_prompt", "sample_tokens", "sample_temperature",
+    "push_to_hub", "hub_private",
     "data_workers", "max_skipped", "trust_remote_code", "max_bad_fraction",
 }  # fmt: skip
 

@@ -180,6 +180,10 @@ class TrainConfig(LossConfig, InputConfig):
     """Longest sample, in tokens."""
     sample_temperature: float = 1.0
     """Temperature of the samples and of the KL estimated from them. 0: the most likely token, and no KL."""
+    push_to_hub: str | None = None
+    """After training, upload model/ with its card to this repository, NAMESPACE/NAME."""
+    hub_private: bool = False
+    """Make the repository private, where --push-to-hub creates it."""
     data_workers: int | None = None
     """Processes that draw and pack batches. None: 0 on CPU, 2 on CUDA."""
     seed: int = 0
@@ -210,6 +214,7 @@ class TrainConfig(LossConfig, InputConfig):
             _require(self.sample_prompts != "0", "--sample-prompts", "at least 1 prompt, or a file", 0)
             held_out = self.eval_data or self.eval_fraction
             _require(bool(held_out), "--sample-prompts", "--eval-data or --eval-fraction beside it", "neither")
+        _require(not self.hub_private or bool(self.push_to_hub), "--hub-private", "--push-to-hub beside it", "none")
         if self.log_to is not None and "none" in self.log_to:
             _require(self.log_to == ("none",), "--log-to none", "nothing beside it", " ".join(self.log_to))
         _require(not same, "--eval-data", "other data or another --eval-split than --data", f"{self.eval_data} again")

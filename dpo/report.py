@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +24,7 @@ from dpo.errors import UserError
 from dpo.metrics import read_json_lines
 
 Record = Mapping[str, Any]
-MOST_SAMPLES, MOST_OPEN = 24, 4
+MOST_SAMPLES, MOST_OPEN = 24, 6
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'"
@@ -204,6 +205,7 @@ def _curves(run: Run) -> str:
         found = [(r["step"], r[name]) for r in evals if r.get(name) is not None]
         return Series(label, [k for k, _ in found], [v for _, v in found], colour, "dots")
 
+    epochs = [b["step"] for a, b in pairwise(steps) if b["epoch"] != a["epoch"]]
     starts_at_ln2 = abs(steps[0]["loss"] - math.log(2)) < 1e-3
     norms = [(r["step"], r["grad_norm"]) for r in steps if r.get("grad_norm")]
     sides = (("chosen", "a"), ("rejected", "b"))
@@ -212,22 +214,27 @@ def _curves(run: Run) -> str:
             "Loss",
             [*trained("loss", "training", "a", every=True), held_out("loss")],
             rule=(math.log(2), "ln 2") if starts_at_ln2 else None,
+            marks=epochs,
+            note="vertical lines: epochs" if epochs else "",
         ),
         lines(
             "Reward accuracy",
             [*trained("accuracy", "training", "a", every=True), held_out("accuracy")],
             y_range=(0.0, 1.04),
             rule=(0.5, "chance"),
+            marks=epochs,
         ),
         lines(
             "Rewards",
             [s for side, c in sides for s in (*trained(f"{side}_reward", side, c), held_out(f"{side}_reward", "", c))],
+            marks=epochs,
             note="beta times the log ratio to the reference; dots: held out",
         ),
-        lines("Margin", [*trained("margin", "training", "c", every=True), held_out("margin")]),
+        lines("Margin", [*trained("margin", "training", "c", every=True), held_out("margin")], marks=epochs),
         lines(
             "Log-probs a token",
             [s for side, c in sides for s in trained(f"{side}_logps_per_token", side, c)],
+            marks=epochs,
             note="nats, training pairs of each step, smoothed",
         ),
         lines("Gradient norm", [Series("before clipping", *zip(*norms, strict=True), "a")] if norms else [], log=True),
@@ -292,12 +299,17 @@ def _samples(run: Run) -> str:
         return ""
     last = max(record["step"] for record in run.samples)
     newest = [record for record in run.samples if record["step"] == last][:MOST_SAMPLES]
-    cards = [
-        f"<div class='sample'><div class='prompt'><small>prompt</small>{escape(r['prompt'])}</div><div class='two'>"
-        f"<div><small>before: the reference</small>{escape(r['reference'][0])}</div>"
-        f"<div><small>after {last} steps</small>{escape(r['policy'][0])}</div></div></div>"
-        for r in newest
-    ]
+    shown = max(1, MOST_OPEN // len(newest))  # of each prompt
+    cards = []
+    for record in newest:
+        rows = zip(record["reference"][:shown], record["policy"][:shown], strict=True)
+        two = "".join(
+            f"<div class='two'><div><small>before: the reference</small>{escape(before)}</div>"
+            f"<div><small>after {last} steps</small>{escape(after)}</div></div>"
+            for before, after in rows
+        )
+        prompt = f"<div class='prompt'><small>prompt</small>{escape(record['prompt'])}</div>"
+        cards.append(f"<div class='sample'>{prompt}{two}</div>")
     rest = f"<details><summary>{len(cards) - MOST_OPEN} more</summary>{''.join(cards[MOST_OPEN:])}</details>"
     settings = run.settings
     how = f"temperature {settings.get('sample_temperature')}, at most {settings.get('sample_tokens')} tokens, same seed"

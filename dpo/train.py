@@ -22,6 +22,7 @@ from dpo.engine import evaluate, forward_backward
 from dpo.errors import UserError
 from dpo.evalpairs import EvalPairs
 from dpo.facts import write_facts
+from dpo.hub import check_push, push, write_card
 from dpo.inputs import (
     Policy,
     check_first_bin,
@@ -62,6 +63,7 @@ def train(config: TrainConfig) -> TrainResult:
     checkpoint = find_run(config)
     torch.manual_seed(config.seed)
     chosen_trackers(config)
+    check_push(config)
     policy = load_policy(config, str(checkpoint / "model") if checkpoint else None, dropout=config.dropout)
     model, device = policy.model, policy.device
     data, eval_data = load_train_and_eval(config, policy)
@@ -220,6 +222,7 @@ def _finish(log: RunLog, bar: Bar, policy: Policy, config: TrainConfig, seconds:
     run = Path(config.output)
     save_model(run / "model", policy.model, policy.tokenizer)
     draw_curves(run)
+    write_card(run)
     if log.evals:
         names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
         names += ("chosen_logps_per_token", "rejected_logps_per_token")
@@ -231,3 +234,4 @@ def _finish(log: RunLog, bar: Bar, policy: Policy, config: TrainConfig, seconds:
             rows,
         )
     say(f"{bar.total} steps in {seconds:.0f} s; run folder {run}: model/, metrics.jsonl, eval.jsonl, curves.png")
+    push(config, run)

@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     write_model(folder / "model")
     write_rows(folder / "pairs.jsonl", longer)
     write_rows(folder / "held_out.jsonl", longer, 9, seed=1)
-    (folder / "prompts.txt").write_text("".join(f"<script>alert({k})</script> & 'so' \"on\"\n" for k in range(6)))
+    (folder / "prompts.txt").write_text("".join(f"<script>alert({k})</script> & 'so' \"on\"\n" for k in range(8)))
     return train(
         folder / "model",
         folder / "pairs.jsonl",
@@ -116,7 +116,7 @@ def test_the_page_holds_what_the_run_holds(run, page):
     for record in samples:
         for side in ("policy", "reference"):
             assert " ".join(record[side][0].split()) in text
-    assert "2 more" in text
+        assert "2 more" in text
     assert "max_steps 12" in text
     assert "torch" in text
 
