@@ -2,6 +2,7 @@
 
     python -m bench.paper.frontier                  # one seed
     python -m bench.paper.frontier --seeds 0 1 2    # the slow mode
+    python -m bench.paper.frontier --smollm2        # a pretrained chat model as the reference: hours
     python -m bench.paper.frontier --quick          # tiny sizes: shows that it runs, measures nothing
 
 Review snippets -> a Llama of a million weights, fine-tuned on them: the reference -> four samples a prompt, scored by
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -23,14 +25,14 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from bench.data import fetch_snippets
+from bench.data import fetch_smollm2, fetch_snippets
 from bench.data.download import CACHE, run_script
 from bench.paper import language, preferences, sampling
 from bench.paper.rl import train_rloo
-from bench.paper.settings import FULL, QUICK, Run, Settings, runs
+from bench.paper.settings import FULL, QUICK, SMOLLM2, Run, Settings, runs
 from bench.paper.summary import write_results
 from dpo.checkpoint import write_text
-from dpo.console import say
+from dpo.console import notice, say
 from dpo.errors import UserError
 
 Point = dict[str, Any]
@@ -47,7 +49,8 @@ class Experiment:
         self.reward = fetch_snippets.load_scorer(snippets)
         texts = language.load_texts(snippets / "snippets.jsonl", settings, seed)
         known, unknown = texts[: settings.snippets], texts[settings.snippets :]
-        self.base, self.tokenizer = language.fine_tune(self.folder / "base", known, settings, seed)
+        self.base_folder = CACHE / settings.model if settings.model else self.folder / "base"
+        self.base, self.tokenizer = language.fine_tune(self.base_folder, known, settings, seed)
         self.prompts = language.beginnings(known, self.tokenizer, settings.prompts, settings)
         self.held_out = language.beginnings(unknown, self.tokenizer, settings.held_out, settings)
         self._trainer: preferences.Trainer | None = None
@@ -101,7 +104,7 @@ class Experiment:
 
     def rloo(self, beta: float) -> Iterator[Point]:
         held = self.tokenizer, self.reward, self.prompts, beta, self.settings, self.seed
-        steps, policy = train_rloo(self.folder / "base", *held)
+        steps, policy = train_rloo(self.base_folder, self.folder / "rloo", *held)
         yield {"steps": steps, **self.measure(policy)}
 
     def run(self, only: list[str]) -> None:
@@ -112,6 +115,9 @@ class Experiment:
         for run in runs(self.settings):
             if not only or run.method in only:
                 self.once(run.method, run.setting, lambda run=run: self.trained(run))
+        if importlib.util.find_spec("trl") is None:
+            notice("RLOO: not run, it needs TRL (pip install 'fused-dpo[peers]')")
+            return
         for beta in self.settings.rl_betas:
             if not only or "RLOO" in only:
                 self.once("RLOO", f"beta {beta:g}", lambda beta=beta: self.rloo(beta))
@@ -132,17 +138,21 @@ def _same_settings(path: Path, settings: Settings) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Reward against KL to the reference, for every method.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M-Instruct as the reference: takes hours")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="such as DPO or preferred-ft")
     parser.add_argument("--work", type=Path, default=CACHE / "frontier", help="folder of what is finished")
     parser.add_argument("--snippets", type=Path, default=CACHE / "snippets", help="folder of the text and the scorer")
     parser.add_argument("--output", type=Path, help="folder of the figure, the table and the JSON file")
     arguments = parser.parse_args()
-    settings = QUICK if arguments.quick else FULL
-    output = arguments.output or (arguments.work / "quick" if arguments.quick else Path("bench/results/paper"))
+    settings = QUICK if arguments.quick else SMOLLM2 if arguments.smollm2 else FULL
+    output = Path("bench/results/paper") if settings is FULL else arguments.work / settings.name
+    output = arguments.output or output
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     fetch_snippets.fetch(arguments.snippets)
+    if settings.model:
+        fetch_smollm2.fetch(CACHE / settings.model)
     points = []
     for seed in arguments.seeds:
         torch.manual_seed(seed)

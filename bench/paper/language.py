@@ -110,15 +110,15 @@ def save_whole(path: Path, value: Any) -> None:
 
 
 def beginnings(texts: Sequence[str], tokenizer: Any, count: int, settings: Settings) -> Tensor:
-    """The first tokens of `count` texts, behind an end-of-sequence: [count, 1 + prompt_tokens].
+    """The first tokens of `count` texts behind the prefix, [count, P].
 
     Beginnings that another tokenisation of their text would change are left out: trainers that take text get the same.
     """
-    rows = []
+    rows, prefix = [], tokenizer(settings.prefix).input_ids
     for text in texts:
         ids = tokenizer(text).input_ids[: settings.prompt_tokens]
         if len(ids) == settings.prompt_tokens and tokenizer(tokenizer.decode(ids)).input_ids == ids:
-            rows.append([tokenizer.eos_token_id, *ids])
+            rows.append([*prefix, *ids])
         if len(rows) == count:
             break
     assert len(rows) == count, f"expected {count} beginnings, found {len(rows)}"

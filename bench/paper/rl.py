@@ -7,6 +7,7 @@ as many of them in all as there are in the preferences of the other methods. Nee
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from bench.paper.settings import Settings
 
 
 def train_rloo(
-    base: Path, tokenizer: Any, reward: Reward, prompts: Tensor, beta: float, settings: Settings, seed: int
+    base: Path,
+    folder: Path,
+    tokenizer: Any,
+    reward: Reward,
+    prompts: Tensor,
+    beta: float,
+    settings: Settings,
+    seed: int,
 ) -> tuple[int, Any]:
-    """Steps done and the trained policy. prompts: [X, P] token ids, a step takes `prompts_per_step` of them.
+    """Steps done and the trained policy.
+
+    base: the reference's folder. folder: scratch. prompts: [X, P] token ids, a step takes `prompts_per_step` of them.
 
     Raises ImportError where TRL is not installed.
     """
@@ -30,7 +40,6 @@ def train_rloo(
         pairs = zip(prompts, completions, strict=True)
         return [reward((prompt + text).replace(tokenizer.eos_token, "")) for prompt, text in pairs]
 
-    folder = base.with_name("rloo")
     config = RLOOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=settings.prompts_per_step * settings.completions,
@@ -55,6 +64,7 @@ def train_rloo(
         seed=seed,
         model_init_kwargs={"dtype": "float32"},
     )
+    warnings.simplefilter("ignore", FutureWarning)  # of names that TRL has not followed yet
     texts = tokenizer.batch_decode(prompts)
     trainer = RLOOTrainer(
         model=str(base),

@@ -31,6 +31,8 @@ class Settings:
     """Everything that a point depends on, beside its method and the seed."""
 
     name: str = "full"
+    model: str | None = None
+    """A pretrained model as the reference. None: a small Llama, fine-tuned on the snippets."""
     snippets: int = 10_000
     vocabulary: int = 2048
     hidden: int = 128
@@ -39,8 +41,10 @@ class Settings:
     epochs: int = 3
     language_lr: float = 4e-3
     language_batch: int = 64
+    prefix: str = "<|end|>"
+    """Stands before every beginning: the end-of-sequence, as in fine-tuning."""
     prompt_tokens: int = 4
-    """Tokens of a review's beginning; the end-of-sequence stands before them, as it does in fine-tuning."""
+    """Tokens of a review's beginning."""
     max_new_tokens: int = 24
     prompts: int = 1024
     completions: int = 4
@@ -53,9 +57,11 @@ class Settings:
     """Prompts that every point is measured on."""
     samples: int = 4
     """Samples of each of them."""
-    betas: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03)
+    betas: tuple[float, ...] = (5.0, 1.0, 0.3, 0.1)
+    ipo_betas: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01)
+    """IPO aims at log ratios of a pair that differ by 1 / (2 beta)."""
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    rl_betas: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01)
+    rl_betas: tuple[float, ...] = (0.1, 0.03, 0.01, 0.003)
     rl_lr: float = 5e-4
     sweep: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
     """Fractions of the steps at which the baselines without a beta are measured."""
@@ -74,28 +80,42 @@ QUICK = replace(
     held_out=16,
     max_new_tokens=12,
     betas=(1.0, 0.1),
+    ipo_betas=(0.1,),
     best_of=(1, 4),
-    rl_betas=(),
+    rl_betas=(0.1,),
     sweep=(1.0,),
 )
+SMOLLM2 = replace(
+    FULL,
+    name="smollm2",
+    model="smollm2-135m-instruct",
+    prefix="A sentence of a movie review:\n",
+    prompts=160,
+    prompts_per_step=4,
+    optimizer="adamw",
+    lr=2e-5,
+    warmup_steps=4,
+    held_out=125,
+    best_of=(1, 2, 4, 8),
+    rl_lr=1e-5,
+    rl_betas=(0.1,),
+)
+"""SmolLM2-135M-Instruct as it is, without fine-tuning: hours on two cores."""
 
 
 def runs(settings: Settings) -> list[Run]:
     """Every training run with the project's own trainer."""
-    found = []
-    for beta in settings.betas:
-        text = f"beta {beta:g}"
-        found += [
-            Run("DPO", text, beta=beta),
-            Run("cDPO", text, beta=beta, options={"label_smoothing": 0.1}),
-            Run("IPO", text, "ipo", beta, {"token_reduction": "sum"}),
-            Run("Plackett-Luce", text, beta=beta, rankings=True),
-        ]
-    for factor in (1.0, 3.0):
+    found = [Run("DPO", f"beta {beta:g}", beta=beta) for beta in settings.betas]
+    for factor in (0.3, 1.0):
         setting = f"lr x{factor:g}"
         found.append(Run("preferred-ft", setting, "sft", lr_factor=factor, measure_after=settings.sweep))
     for alpha in (0.1, 0.3, 1.0):
         options = {"unlikelihood_alpha": alpha}
         setting = f"weight {alpha:g}"
         found.append(Run("unlikelihood", setting, "unlikelihood", options=options, measure_after=settings.sweep))
+    for beta in settings.ipo_betas:
+        found.append(Run("IPO", f"beta {beta:g}", "ipo", beta, {"token_reduction": "sum"}))
+    for beta in settings.betas:
+        found.append(Run("cDPO", f"beta {beta:g}", beta=beta, options={"label_smoothing": 0.1}))
+        found.append(Run("Plackett-Luce", f"beta {beta:g}", beta=beta, rankings=True))
     return found

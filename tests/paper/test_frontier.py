@@ -176,7 +176,7 @@ def test_every_objective_goes_through_a_step_with_the_right_loss():
         "preferred-ft": -(logps / lengths)[[0, 0, 1]].mean().item(),
         "unlikelihood": (0.3 * lost - won).item(),
     }
-    settings = replace(QUICK, betas=(0.1,))
+    settings = replace(QUICK, betas=(0.1,), ipo_betas=(0.1,))
     found = {run.method: run for run in runs(settings) if run.method != "unlikelihood" or "0.3" in run.setting}
     assert found.keys() == expected.keys()
     for method, run in found.items():
