@@ -61,8 +61,8 @@ def _cpu() -> str:
 
 
 def ratios(sides: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """How `shared` (else the patched TRL) stands to the others: times (minimum, median), peak memory, time
-    over the floor."""
+    """How `shared` stands to the others: times by the minimum and by the median, peak memory, time over the floor.
+    Without it, how the patched TRL stands to them."""
     ours, found = sides.get("shared") or sides.get("trl-patched"), {}
     if ours is None:
         return found

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.train.toy import write_model
@@ -24,19 +27,70 @@ def commands(block: str) -> list[str]:
     return [" ".join(re.sub(r"\s+#.*", "", line).split()) for line in lines if line.strip()]
 
 
-def test_the_python_of_the_readme_runs(tmp_path):
-    folder = write_model(tmp_path / "model")
-    names = {
+def names_of_a_training_script(folder: Path) -> dict[str, Any]:
+    """What a loop that the snippets are pasted into has at hand: padded pairs, chosen first, then rejected."""
+    torch.manual_seed(0)
+    input_ids = torch.randint(2, 258, (4, 9))
+    labels = input_ids.clone()
+    for row, (start, stop) in enumerate([(3, 9), (4, 7), (3, 8), (4, 9)]):
+        labels[row, :start] = labels[row, stop:] = -100
+    return {
+        "torch": torch,
         "model": AutoModelForCausalLM.from_pretrained(folder),
         "tokenizer": AutoTokenizer.from_pretrained(folder),
+        "input_ids": input_ids,
+        "labels": labels,
+        "ref_logps": torch.tensor([-31.0, -17.0, -29.0, -26.0]),
+        "pi_logps": torch.tensor([-30.0, -18.0, -29.5, -27.0], requires_grad=True),
+        "yw_idxs": torch.tensor([0, 1]),
+        "yl_idxs": torch.tensor([2, 3]),
     }
-    found = blocks((ROOT / "README.md").read_text(), "python")
-    assert len(found) >= 2
+
+
+def needs_trl(block: str) -> bool:
+    return "from trl" in block
+
+
+@pytest.mark.parametrize("path", READMES[::2], ids=lambda path: path.parent.name)
+def test_the_python_of_the_readmes_runs(tmp_path, path):
+    folder = write_model(tmp_path / "model")
+    found = [block for block in blocks(path.read_text(), "python") if not needs_trl(block)]
+    assert found
+    losses, pairs = [], []
+    names = names_of_a_training_script(folder)
     for block in found:
-        exec(compile(block, "README.md", "exec"), names)
-    assert names["logps"].shape == (2,)
-    assert names["logps"].requires_grad
-    assert names["lm_head"].grad is not None
+        names["model"] = AutoModelForCausalLM.from_pretrained(folder)  # a block may have prepared it for packed rows
+        exec(compile(block, str(path), "exec"), names)
+        losses += [names.pop("loss")] if "loss" in names else []
+        pairs += [(names.pop("losses"), names.pop("rewards"))] if "losses" in names else []
+    # what a drop-in replaces computes the same
+    assert all(torch.allclose(loss, losses[0], rtol=1e-5) for loss in losses)
+    for a, b in pairs:
+        torch.testing.assert_close((a, b), pairs[0], rtol=1e-6, atol=1e-6)
+    if path == READMES[0]:
+        assert len(losses) == 3
+        assert len(pairs) == 2
+        assert names["logps"].requires_grad
+        assert names["logps"].shape == (2,)
+        assert names["lm_head"].grad is not None
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("path", READMES[::2], ids=lambda path: path.parent.name)
+def test_the_python_of_the_readmes_with_trl_runs(tmp_path, path):
+    trl = pytest.importorskip("trl", reason="the peers extra is not installed")
+    names = names_of_a_training_script(write_model(tmp_path / "model"))
+    options = {"max_steps": 2, "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no"}
+    names["args"] = trl.DPOConfig(output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, **options)
+    rows = [{"prompt": "2 + 2 =", "chosen": " four", "rejected": " fish"}] * 4
+    names["pairs"] = Dataset.from_list(rows)
+    found = [block for block in blocks(path.read_text(), "python") if needs_trl(block)]
+    assert found
+    for block in found:
+        exec(compile(block, str(path), "exec"), names)
+    trainer = names["trainer"]
+    assert isinstance(trainer, trl.DPOTrainer)
+    assert type(trainer)._compute_loss.__module__ == "dpo_kernels.trl_hook"
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
