@@ -164,7 +164,7 @@ def linear_token_logps(
     needs = Needs(*(grad and part is not None and part.requires_grad for part in operands))
     shaping = ignore_index, options.temperature, options.logit_scale, options.softcap or 0.0
     mask = sum(1 << STATS.index(name) for name in set(names))
-    memory = plan, -1 if workspace_bytes is None else workspace_bytes
+    memory = plan, -1 if workspace_bytes is None else workspace_bytes, not torch.compiler.is_compiling()
     logps, found, *_ = head_operators.linear_token_logps(
         *operands, targets, needs.mask, *shaping, mask, *memory, compute, chosen_backend, group
     )

@@ -1,8 +1,9 @@
 """The LM head's log-probs as `torch.library` operators, as `operators.py`, which see.
 
 N rows, V vocabulary (of this rank's shard), H hidden, r rank of LoRA factors. What the forward keeps for the backward
-are outputs, flat and sized by shapes alone (`storage.Kept`); the backward works in kept tiles and writes the weight's
-gradient into memory lent to them, so it declares both as mutated. Order: arguments, forward, backward, autograd.
+are outputs, flat and sized by shapes alone (`storage.Kept`). With `reuse` the backward works in kept tiles and writes
+the weight's gradient into memory lent to them: it mutates both. Traced graphs, where that would only make copies, do
+without. Order: arguments, forward, backward, autograd.
 """
 
 from dataclasses import replace
@@ -18,6 +19,8 @@ KEPT = 7
 """Tensors of `storage.Kept`."""
 OPERANDS = 5
 """Operands that may need gradients: hidden, weight, bias, low, factor."""
+REUSE = 8
+"""Place of `reuse` among the numbers."""
 
 
 def _call(
@@ -29,6 +32,7 @@ def _call(
     stats: int,
     plan: str,
     workspace_bytes: int,
+    reuse: bool,
     compute: torch.dtype,
     backend: str,
     group: str,
@@ -37,7 +41,7 @@ def _call(
     names = tuple(name for bit, name in enumerate(STATS) if stats >> bit & 1)
     wide = torch.float64 if compute == torch.float64 else torch.float32
     workspace = None if workspace_bytes < 0 else workspace_bytes
-    return HeadCall(options, names, Needs.of(needs), plan, workspace, compute, wide, backend, group)
+    return HeadCall(options, names, Needs.of(needs), plan, workspace, reuse, compute, wide, backend, group)
 
 
 def _kept_rows(targets: Tensor, call: HeadCall) -> Tensor | None:
@@ -100,16 +104,17 @@ def linear_token_logps(
     stats: int,
     plan: str,
     workspace_bytes: int,
+    reuse: bool,
     compute: torch.dtype,
     backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden [N, H], weight [V, H], bias [V], low [N, r], factor [V, r], targets [N] -> logps [N], statistics
-    [count, N], and the tensors of `storage.Kept`. workspace_bytes -1: the device's default. Gradient: logps.
+    [count, N], and the tensors of `storage.Kept`. needs: mask of operands that will need gradients; workspace_bytes -1:
+    the device's default; reuse: the backward may use kept memory up. Gradient: logps.
     """
-    call = _call(
-        needs, ignore_index, temperature, logit_scale, softcap, stats, plan, workspace_bytes, compute, backend, group
-    )
+    numbers = needs, ignore_index, temperature, logit_scale, softcap, stats, plan, workspace_bytes, reuse
+    call = _call(*numbers, compute, backend, group)
     layout = call.layout(hidden, weight, low)
     with torch.autocast(hidden.device.type, enabled=False):
         kept = Kept.allocate(layout, call, hidden, weight, low)
@@ -137,7 +142,51 @@ def _(hidden, weight, bias, low, factor, targets, *numbers):
     return logps, logps.new_empty(len(call.stats), targets.numel()), *kept.tensors
 
 
-@torch.library.custom_op("dpo_kernels::linear_token_logps_backward", mutates_args={"own", "loan"})
+def _backward(
+    grad: Tensor, operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], targets: Tensor,
+    logps: Tensor, tensors: tuple[Tensor, ...], wanted: int, call: HeadCall,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dL/d operands, empty where `wanted`, a mask, has no bit, or, the weight's, where it lies in lent memory."""
+    hidden, weight, _, low, _ = operands
+    layout = call.layout(hidden, weight, low)
+    kept = Kept(layout, *tensors)
+    if not kept.own.numel() and not kept.loan.numel():
+        kept = replace(kept, plan=replace(layout, retained=0, lent=0))
+    call = replace(call, needs=Needs.of(wanted))
+    with torch.autocast(hidden.device.type, enabled=False):
+        shard = sharding.locate(targets, weight.shape[0], call.options.ignore_index, call.group)
+        rows = _kept_rows(targets, call)
+        taken = _operands(*operands, shard.targets, rows, call)
+        if rows is not None:
+            grad, logps = grad[rows], logps[rows]
+        if call.backend == "triton":
+            from .tri import head_backward
+        else:
+            from .head_torch import head_backward
+        inner = _of_rows(kept, taken.targets.numel())
+        found = head_backward(taken, logps, grad.to(call.wide), inner, call)
+        sharding.sum_over_ranks(call.group, found.hidden, found.low)
+        by_row = [
+            None if part is None else _spread(part.to(like.dtype), rows, targets.numel())
+            for part, like in ((found.hidden, hidden), (found.low, hidden if low is None else low))
+        ]
+    by_column = None if kept.loan.numel() else found.weight
+    every = by_row[0], by_column, found.bias, by_row[1], found.factor
+    return tuple(part if part is not None else logps.new_empty(0) for part in every)  # pyright: ignore[reportReturnType]
+
+
+def _like_gradients(grad, hidden, weight, bias, low, factor, targets, logps, *rest):
+    (*_, loan, _), wanted = rest[:KEPT], Needs.of(rest[KEPT])
+    every = (hidden, None if loan.numel() else weight, bias, low, factor)
+    return tuple(
+        torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        if need and like is not None
+        else logps.new_empty(0)
+        for like, need in zip(every, wanted, strict=True)
+    )
+
+
+@torch.library.custom_op("dpo_kernels::linear_token_logps_backward", mutates_args=())
 def linear_token_logps_backward(
     grad: Tensor,
     hidden: Tensor,
@@ -163,55 +212,61 @@ def linear_token_logps_backward(
     stats: int,
     plan: str,
     workspace_bytes: int,
+    reuse: bool,
     compute: torch.dtype,
     backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dL/d hidden, weight, bias, low, factor from grad = dL/dlogps [N]; empty where `wanted`, a mask, has no bit.
 
-    The weight's gradient is written into `loan` where that is not empty, and is empty here. Kept tiles are used up;
-    with empty `own` and `loan` everything is recomputed.
+    With empty `own` everything is recomputed.
     """
-    call = _call(
-        needs, ignore_index, temperature, logit_scale, softcap, stats, plan, workspace_bytes, compute, backend, group
-    )
-    layout = call.layout(hidden, weight, low)
-    if not own.numel() and not loan.numel():
-        layout = replace(layout, retained=0, lent=0)
-    call = replace(call, needs=Needs.of(wanted))
-    with torch.autocast(hidden.device.type, enabled=False):
-        shard = sharding.locate(targets, weight.shape[0], ignore_index, group)
-        rows = _kept_rows(targets, call)
-        operands = _operands(hidden, weight, bias, low, factor, shard.targets, rows, call)
-        kept = Kept(layout, maximum, inverse, unit, unit_low, own, loan, shifts)
-        if rows is not None:
-            grad, logps = grad[rows], logps[rows]
-        if backend == "triton":
-            from .tri import head_backward
-        else:
-            from .head_torch import head_backward
-        count = targets.numel() if rows is None else rows.numel()
-        found = head_backward(operands, logps, grad.to(call.wide), _of_rows(kept, count), call)
-        sharding.sum_over_ranks(group, found.hidden, found.low)
-        by_row = [
-            None if part is None else _spread(part.to(like.dtype), rows, targets.numel())
-            for part, like in ((found.hidden, hidden), (found.low, hidden if low is None else low))
-        ]
-    by_column = None if loan.numel() else found.weight
-    every = by_row[0], by_column, found.bias, by_row[1], found.factor
-    return tuple(part if part is not None else logps.new_empty(0) for part in every)  # pyright: ignore[reportReturnType]
+    numbers = needs, ignore_index, temperature, logit_scale, softcap, stats, plan, workspace_bytes, reuse
+    tensors = maximum, inverse, unit, unit_low, own, loan, shifts
+    call = _call(*numbers, compute, backend, group)
+    return _backward(grad, (hidden, weight, bias, low, factor), targets, logps, tensors, wanted, call)
 
 
-@linear_token_logps_backward.register_fake
-def _(grad, hidden, weight, bias, low, factor, targets, logps, *rest):
-    (*_, loan, _), wanted = rest[:KEPT], Needs.of(rest[KEPT])
-    every = (hidden, weight if not loan.numel() else None, bias, low, factor)
-    return tuple(
-        torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        if need and like is not None
-        else logps.new_empty(0)
-        for like, need in zip(every, wanted, strict=True)
-    )
+@torch.library.custom_op("dpo_kernels::linear_token_logps_backward_", mutates_args={"own", "loan"})
+def linear_token_logps_backward_(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    factor: Tensor | None,
+    targets: Tensor,
+    logps: Tensor,
+    maximum: Tensor,
+    inverse: Tensor,
+    unit: Tensor,
+    unit_low: Tensor,
+    own: Tensor,
+    loan: Tensor,
+    shifts: Tensor,
+    wanted: int,
+    needs: int,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    stats: int,
+    plan: str,
+    workspace_bytes: int,
+    reuse: bool,
+    compute: torch.dtype,
+    backend: str,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same for `reuse`: kept tiles are used up, and the weight's gradient is written into `loan`, unless empty."""
+    numbers = needs, ignore_index, temperature, logit_scale, softcap, stats, plan, workspace_bytes, reuse
+    tensors = maximum, inverse, unit, unit_low, own, loan, shifts
+    call = _call(*numbers, compute, backend, group)
+    return _backward(grad, (hidden, weight, bias, low, factor), targets, logps, tensors, wanted, call)
+
+
+linear_token_logps_backward.register_fake(_like_gradients)
+linear_token_logps_backward_.register_fake(_like_gradients)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -220,8 +275,8 @@ def _save(ctx, inputs, output) -> None:
     logps, _, *kept = output
     *vectors, own, loan, shifts = kept
     ctx.save_for_backward(*tensors, targets, logps, *vectors, shifts)
-    # Not saved but held: the backward uses them up, frees them, and a second one does without.
-    ctx.own, ctx.loan = own, loan
+    # Not saved but held: where it may reuse them the backward uses them up, and a second one does without.
+    ctx.own, ctx.loan, ctx.reuse = own, loan, ctx.numbers[REUSE]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -229,17 +284,16 @@ def _save(ctx, inputs, output) -> None:
 def _gradient(ctx, grad, *_):
     if grad is None:
         return (None,) * (OPERANDS + 1 + len(ctx.numbers))
-    hidden, weight, bias, low, factor, targets, logps, maximum, inverse, unit, unit_low, shifts = ctx.saved_tensors
-    own, loan = ctx.own, ctx.loan
+    *operands, targets, logps, maximum, inverse, unit, unit_low, shifts = ctx.saved_tensors
+    own, loan, weight = ctx.own, ctx.loan, operands[1]
     if own is None:
         own, loan = logps.new_empty(0), weight.new_empty(0)
-    ctx.own = ctx.loan = None
+    if ctx.reuse:
+        ctx.own = ctx.loan = None
     wanted = Needs(*ctx.needs_input_grad[:OPERANDS])
-    operands = hidden, weight, bias, low, factor
-    found = linear_token_logps_backward(
-        *(grad.contiguous(), *operands, targets, logps, maximum, inverse, unit, unit_low, own, loan, shifts),
-        *(wanted.mask, *ctx.numbers),
-    )
+    kept = maximum, inverse, unit, unit_low, own, loan, shifts
+    backward = linear_token_logps_backward_ if ctx.reuse else linear_token_logps_backward
+    found = backward(grad.contiguous(), *operands, targets, logps, *kept, wanted.mask, *ctx.numbers)
     every = list(found)
     if wanted.weight and loan.numel():
         every[1] = loan[: weight.numel()].view(weight.shape)

@@ -245,10 +245,11 @@ def _gradient_tile(
     hidden, m, scale = x.hidden[chunk], kept.maximum[chunk], coefficient[chunk]
     z = kept.tile(k, c, hidden.shape[0], v1 - v0) if keep else walk.logits(hidden, weight)
     if keep and call.in_place:
-        tile, derivative = z, None
+        tile = z if call.reuse else walk.buffers.get("logits", z.shape, z.dtype).copy_(z)
+        derivative = None
         scale = scale * (kept.shifts[k, chunk] - m).exp_()
     else:
-        tile = walk.shaped(z, chunk, bias, factor, keep=False)
+        tile = walk.shaped(z, chunk, bias, factor, keep=keep and not call.reuse)
         derivative = cap_derivative(tile, call.options)
         tile.sub_(m.unsqueeze(1)).exp_()
     where = TileTargets.locate(x.targets[chunk], v0, v1 - v0)

@@ -66,6 +66,8 @@ class HeadCall:
     needs: Needs
     plan: str
     workspace_bytes: int | None
+    reuse: bool
+    """The backward may destroy what the forward kept."""
     compute: torch.dtype
     """Of the GEMMs."""
     wide: torch.dtype
@@ -95,7 +97,7 @@ class HeadCall:
             self.workspace_bytes,
             plan=self.plan,
             hidden_requires_grad=needs.hidden or needs.low,
-            weight_grad_dtype=weight.dtype if needs.weight and not triton else None,
+            weight_grad_dtype=weight.dtype if needs.weight and self.reuse and not triton else None,
             kept_dtype=self.kept_dtype,
             device="cuda" if triton else hidden.device.type,
             lora_rank=0 if low is None else low.shape[1],

@@ -124,11 +124,13 @@ def head_backward(x: Operands, logps: Tensor, grad: Tensor, kept: Kept, call: He
             summed = found.weight[v0:v1] if direct else buffers.get("grad_weight", head.weight.shape, fp32)
         for c, n0, n1 in plan.chunks():
             chunk, shape = slice(n0, n1), (n1 - n0, v1 - v0)
-            if kept.keeps(k, c):
+            keep = kept.keeps(k, c)
+            if keep:
                 z = kept.tile(k, c, *shape, padded=True)
             else:
                 z = head.logits(buffers.padded("logits", *shape, fp32), x, chunk)
-            out = z if call.compute == fp32 else buffers.padded("rounded", *shape, call.compute)
+            in_place = call.compute == fp32 and (call.reuse or not keep)
+            out = z if in_place else buffers.padded("rounded", *shape, call.compute)
             tile = tile_gradient(z, out, state.rows(n0, n1), v0, kept.inverse[chunk], scaled[chunk])
             if found.bias is not None:
                 found.bias[v0:v1] += tile.sum(0, dtype=fp32)
