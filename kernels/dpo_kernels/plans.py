@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import sym_max, sym_min
 
 PLANS = ("auto", "frozen", "retain", "recompute")
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -104,6 +103,15 @@ class Plan:
         )
 
 
+def larger(a: int, b: int) -> int:
+    """max, without a branch on symbolic sizes."""
+    return torch.sym_max(a, b)  # pyright: ignore[reportReturnType]
+
+
+def smaller(a: int, b: int) -> int:
+    return torch.sym_min(a, b)  # pyright: ignore[reportReturnType]
+
+
 def rounded_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
@@ -114,10 +122,10 @@ def tile_shape(rows: int, vocabulary: int, device: str = "cpu") -> tuple[int, in
     Like everything here that sizes memory, free of branches on `rows`, which is symbolic under `torch.compile`.
     """
     most_rows, elements = GPU_TILE if device == "cuda" else (TILE_ROWS, TILE_ELEMENTS)
-    chunks = sym_max(1, -(-rows // most_rows))
-    row_chunk = sym_max(1, -(-rows // chunks))
-    tiles = sym_max(1, (2 * vocabulary * row_chunk + elements) // (2 * elements))
-    return row_chunk, sym_min(vocabulary, rounded_up(-(-vocabulary // tiles), COLUMNS))
+    chunks = larger(1, -(-rows // most_rows))
+    row_chunk = larger(1, -(-rows // chunks))
+    tiles = larger(1, (2 * vocabulary * row_chunk + elements) // (2 * elements))
+    return row_chunk, smaller(vocabulary, rounded_up(-(-vocabulary // tiles), COLUMNS))
 
 
 def lent_chunks(slot: int, vocab_tile: int, hidden: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> int:
@@ -182,12 +190,12 @@ def choose_plan(
     backward = float(weight_requires_grad) + hidden_requires_grad * (1.0 + low_rank) + lora_requires_grad * low_rank
     if not (weight_requires_grad or hidden_requires_grad or lora_requires_grad):
         return layout("score", 0, 0, forward, 0.0)
-    tiles = sym_max(1, -(-rows // row_chunk) * columns)
+    tiles = larger(1, -(-rows // row_chunk) * columns)
     each = slot * (kept_dtype or dtype).itemsize + row_chunk * wide
     lent = 0
     if weight_grad_dtype is not None:
-        lent = sym_min(tiles, lent_chunks(slot, vocab_tile, hidden, dtype, weight_grad_dtype) * columns)
-    own = sym_min(tiles - lent, workspace_bytes // each)
+        lent = smaller(tiles, lent_chunks(slot, vocab_tile, hidden, dtype, weight_grad_dtype) * columns)
+    own = smaller(tiles - lent, workspace_bytes // each)
     fit = lent + own
     candidates = {
         "retain": layout("retain", fit, own * each, forward * (2 - fit / tiles) + backward, 2.0 * fit * each, lent),

@@ -24,7 +24,7 @@ def name_of(process_group: ProcessGroup | str | None) -> str:
 
 
 def resolve(name: str) -> ProcessGroup:
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 
     return _resolve_process_group(name)  # pyright: ignore[reportArgumentType]
 

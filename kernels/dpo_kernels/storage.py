@@ -145,7 +145,7 @@ class Kept:
         return cls(plan, *(torch.empty(shape, dtype=dtype, device=hidden.device) for shape, dtype in shapes))
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.maximum, self.inverse, self.unit, self.unit_low, self.own, self.loan, self.shifts
 
     def keeps(self, k: int, c: int) -> bool:

@@ -99,7 +99,7 @@ def test_compiled_whole_graph(backend, plan):
     torch._dynamo.reset()
     index = {"chosen": torch.tensor([0, 2]), "rejected": torch.tensor([1, 3]), "num_completions": 4}
 
-    def step(hidden, weight, bias, a, b, targets, ids):
+    def step(targets, ids, hidden, weight, bias, a, b):
         options: dict[str, Any] = {"bias": bias, "lora": (a, b, 0.5), "plan": plan, "backend": backend}
         logps = linear_token_logps(hidden, weight, targets, softcap=6.0, **options)
         return logps.sum() + linear_dpo_loss(hidden, weight, targets, ids, None, **index, **options).loss
@@ -109,8 +109,8 @@ def test_compiled_whole_graph(backend, plan):
     for n in (21, 30, 66):
         hidden, weight, bias, low, b, targets = operands(n)
         tensors, ids = (hidden, weight, bias, torch.randn(low.shape[1], 12), b), torch.arange(n) % 4
-        eager = gradients(lambda *given, t=targets, i=ids: step(*given, t, i), *tensors)
-        traced = gradients(lambda *given, t=targets, i=ids: compiled(*given, t, i), *tensors)
+        eager = gradients(lambda *given, t=targets, i=ids: step(t, i, *given), *tensors)
+        traced = gradients(lambda *given, t=targets, i=ids: compiled(t, i, *given), *tensors)
         torch.testing.assert_close(traced, eager)
         graphs.add(counter.frame_count)
     assert len(graphs) == 1
