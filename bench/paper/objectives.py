@@ -23,7 +23,7 @@ from dpo.steps import Bin, StepBatch
 def step_backward(policy: Any, step: StepBatch, ref_logps: RefLogps, run: Run, groups: list[Group]) -> Tensor:
     """Accumulates the gradients of a step and returns its loss."""
     if run.loss in LOSSES and not run.rankings:
-        objective = Objective(loss=run.loss, beta=run.beta, **run.options)
+        objective = Objective(loss=run.loss, beta=run.beta, options=run.options)
         return forward_backward(policy, step, ref_logps, objective).sums.loss
     assert step.coupled is None
     total = torch.zeros((), dtype=torch.float64)

@@ -297,7 +297,10 @@ def test_pairs_are_held_out_data_of_a_ranking_run(toy: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--comparisons", "ranking", "--label-smoothing", "0.1"), "--label-smoothing: expected the default beside --comparisons"),
+        (
+            ("--comparisons", "ranking", "--label-smoothing", "0.1"),
+            "--label-smoothing: expected the default beside --comparisons",
+        ),
         (("--comparisons", "ranking", "--min-score-gap", "1"), "--min-score-gap: expected 0 with --comparisons"),
         (("--ranking-top-k", "2"), "--ranking-top-k: expected --comparisons ranking"),
         (("--min-score-gap", "99"), "no two scores 99 apart"),
