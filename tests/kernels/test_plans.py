@@ -1,11 +1,10 @@
 """The cost model and the memory promise: nothing above inputs and outputs but the workspace and one tile."""
 
-from typing import Any
-
 import pytest
 import torch
 from dpo_kernels import choose_plan, linear_token_logps
-from torch.profiler import ProfilerActivity, profile
+
+from bench.memory import allocated_peak
 
 SIZE = (512, 32000, 512)
 
@@ -44,20 +43,6 @@ def test_tiles_cover_everything_once():
         assert found.row_chunk * found.vocab_tile <= 2 * max(2**20, found.row_chunk)
 
 
-def peak_bytes(work) -> tuple[int, int]:
-    """(peak, remaining) bytes that `work` allocates on the CPU above what was there, by torch's profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        kept = work()
-    results: Any = record.profiler
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del kept
-    return peak, held
-
-
 @pytest.mark.parametrize("width", [96, 256])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
@@ -84,7 +69,7 @@ def test_peak_memory(plan, budget, autocast, width):
     )
     outputs = 4 * (rows + sum(part.numel() for part in needed))
     per_row = 64 * 8 * rows  # a few dozen [N] vectors
-    peak, _ = peak_bytes(work)
+    peak = allocated_peak(work)
     extra = peak - outputs
     assert extra <= budget + chosen.tile_bytes + per_row
     assert extra <= chosen.workspace_bytes + chosen.tile_bytes + per_row
