@@ -37,6 +37,14 @@ def toy(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_curves():
+    """A picture takes as long as all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo.train.draw_curves", lambda run: None)
+        yield
+
+
 def train(toy: Path, output: Path, *flags: str, model: str = "model") -> list[dict]:
     words = ["train", "--model", str(toy / model), "--data", str(toy / "pairs.jsonl"), "--output", str(output)]
     main([*words, "--pairs-per-step", "6", "--lr", "2e-3", "--warmup-steps", "1", "--max-steps", "4", *flags])
