@@ -276,7 +276,7 @@ def test_an_adapter_of_the_head_has_the_gradients_of_the_models_own_logits(toy):
     prompt, completions = [5, 6, 7], [[9, 4, 1], [30, 2, 8, 1]]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 3
-    logps = shared_logps(model, pack([Group(prompt, completions)])).completion_logps
+    logps = shared_logps(model, pack([Group(prompt, completions, pairs=[(0, 1)])])).completion_logps
     ours = torch.autograd.grad(logps @ torch.tensor([1.0, -2.0], dtype=torch.float64), list(trained.values()))
     sums = []
     with stock_attention(model):
