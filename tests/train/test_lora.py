@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo.adapters import adapter_of, as_reference, head_parts
+from dpo.adapters import adapter_of, add_adapter, as_reference, head_parts
 from dpo.cli import main
 from dpo.config import TrainConfig
 from dpo.inputs import load_policy, objective_of
 from dpo.metrics import read_json_lines
+from dpo.model import shared_logps, stock_attention
+from dpo.packing import Group, pack
 from dpo.reference import store_frozen
 from tests.train.test_cli import fails
 from tests.train.toy import write_model, write_pairs
@@ -35,6 +37,14 @@ def toy(tmp_path_factory):
     write_pairs(folder / "pairs.jsonl")
     write_pairs(folder / "held_out.jsonl", count=7, seed=1)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_curves():
+    """A picture takes as long as all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo.train.draw_curves", lambda run: None)
+        yield
 
 
 def train(toy: Path, output: Path, *flags: str, model: str = "model") -> list[dict]:
@@ -252,6 +262,48 @@ def test_a_copy_of_the_head_may_train_beside_the_adapter(toy, tmp_path):
         weights["base_model.model.lm_head.weight"],
         load_file(toy / "model" / "model.safetensors")["lm_head.weight"],
     )
+
+
+HEAD = "--lora-r", "4", "--lora-targets", "lm_head,q_proj"
+
+
+def test_an_adapter_of_the_head_has_the_gradients_of_the_models_own_logits(toy):
+    model: Any = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float64)
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=3, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    add_adapter(model, config, str(toy / "model"), "--lora-config")
+    model.to(torch.float64)
+    prompt, completions = [5, 6, 7], [[9, 4, 1], [30, 2, 8, 1]]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 3
+    logps = shared_logps(model, pack([Group(prompt, completions, pairs=[(0, 1)])])).completion_logps
+    ours = torch.autograd.grad(logps @ torch.tensor([1.0, -2.0], dtype=torch.float64), list(trained.values()))
+    sums = []
+    with stock_attention(model):
+        for completion in completions:
+            rows = model(torch.tensor([prompt + completion])).logits[0, 2:-1].log_softmax(-1)
+            sums.append(rows.gather(1, torch.tensor(completion)[:, None]).sum())
+    torch.testing.assert_close(logps, torch.stack(sums), rtol=1e-7, atol=1e-7)
+    theirs = torch.autograd.grad(sums[0] - 2.0 * sums[1], list(trained.values()))
+    for name, a, b in zip(trained, ours, theirs, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm(), name
+
+
+def test_an_adapter_of_the_head_trains_resumes_and_scores(toy, tmp_path):
+    flags = *HEAD, "--eval-data", str(toy / "held_out.jsonl"), "--save-every", "2"
+    whole = train(toy, tmp_path / "whole", *flags)
+    assert whole[0]["margin"] == 0.0
+    within = train(toy, tmp_path / "within", *HEAD, "--reference", "adapter-off", "--head-plan", "recompute")
+    assert within[0]["margin"] == 0.0
+    close(within, whole)
+    shutil.rmtree(tmp_path / "whole" / "model")
+    assert [r["loss"] for r in train(toy, tmp_path / "whole", *flags, *RESUME)] == [r["loss"] for r in whole]
+    weights = load_file(tmp_path / "whole" / "model" / "adapter_model.safetensors")
+    assert weights["base_model.model.lm_head.lora_B.weight"].abs().max() > 0
+    words = "--model", str(tmp_path / "whole" / "model"), "--reference", str(toy / "model")
+    records = score(*words, "--data", str(toy / "held_out.jsonl"), output=tmp_path / "scores")
+    last = read_json_lines(tmp_path / "whole" / "eval.jsonl")[-1]
+    assert sum(r["margin"] for r in records) / len(records) == pytest.approx(last["margin"], abs=1e-5)
 
 
 def score(*flags: str, output: Path) -> list[dict]:
