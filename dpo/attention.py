@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from dpo.errors import UserError
+from dpo.errors import PackingError, UserError
 from dpo.segments import Segments
 
 ATTENTION = "dpo_segments"
@@ -46,15 +46,19 @@ def segment_attention(
     Raises RuntimeError when `segments` did not reach the layer, and UserError for what cannot be computed exactly.
     """
     if segments is None:
-        raise RuntimeError(
-            f"attention {ATTENTION!r}: `segments` did not reach {type(module).__name__}: call the model with "
-            "segments=batch.segments, or select another attention with model.set_attn_implementation"
+        raise PackingError(
+            f"attention {ATTENTION!r}: `segments` did not reach {type(module).__name__}: use --padded (in a loop of "
+            "your own: call the model with segments=batch.segments, or select another attention)"
         )
     _check_call(module, query, attention_mask, dropout, segments, kwargs)
     segments.cache["calls"] = segments.cache.get("calls", 0) + 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    width = value.shape[-1]
+    if width != query.shape[-1]:
+        # latent attention: the kernels want one head size, and zeros change neither scores nor what is summed
+        query, key, value = _same_width(query, key, value)
     if query.is_cuda:
-        return _cuda_segments(query, key, value, segments, scale, sliding_window, softcap), None
+        return _cuda_segments(query, key, value, segments, scale, sliding_window, softcap)[..., :width], None
     # the CPU's bf16 flash backward takes 3.5 times as long as its fp32 one (and under autocast rotary leaves q and k in
     # fp32 anyway)
     wide = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
@@ -64,7 +68,13 @@ def segment_attention(
         out = eager_segments(query, key, value, segments, scale, sliding_window, softcap)
     else:
         out = flash_segments(query, key, value, segments, scale, sliding_window)
-    return out.to(narrow), None
+    return out[..., :width].to(narrow), None
+
+
+def _same_width(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with zeros behind the last dimension, up to the widest."""
+    widest = max(tensor.shape[-1] for tensor in tensors)
+    return [torch.nn.functional.pad(tensor, (0, widest - tensor.shape[-1])) for tensor in tensors]
 
 
 def _cuda_segments(
@@ -102,8 +112,9 @@ def _check_call(
             f"found {query.shape[0]} rows of {query.shape[2]}"
         )
     if attention_mask is not None:
-        raise RuntimeError(
-            f"{name}: expected no attention mask beside `segments`, found one of shape {tuple(attention_mask.shape)}"
+        raise PackingError(
+            f"{name}: expected no attention mask beside `segments`, found one of shape {tuple(attention_mask.shape)}: "
+            "use --padded"
         )
     if dropout:
         raise UserError(f"{name}: attention dropout {dropout} cannot be packed: set it to 0, or use --padded")

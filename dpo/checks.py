@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dpo.errors import UserError
 from dpo.model import head_logps, prepare, shared_logps, stock_attention
 from dpo.packing import Group, Layout, group_cost, pack
+from dpo.support import length_limit
 
 _FLOOR = {torch.float64: 1e-6, torch.float32: 1e-4}
 _NOISE_FACTOR = 5.0
@@ -44,7 +45,7 @@ def check_sharing(
     15 times in half precision), with a floor of the dtype. Leaves the model prepared for `layout`. Raises UserError if
     the difference is over the tolerance.
     """
-    subset = _subset(groups, max_tokens)
+    subset = _subset(_same_regime(groups, length_limit(model)), max_tokens)
     # fp32 weights are compared in fp32, which sees smaller mistakes; CUDA's variable-length attention has only half
     # precision
     wide = model.device.type == "cpu" and model.dtype in _FLOOR
@@ -80,6 +81,19 @@ def _message(model: PreTrainedModel, layout: Layout, result: SharingCheck, row: 
         f"{result.max_abs_error:.2e} in a token's log-prob (row {row}), more than {result.tolerance:.2e} allowed: "
         f"{way_out} (--no-check-sharing trains on regardless)"
     )
+
+
+def _same_regime(groups: Sequence[Group], limit: int | None) -> list[Group]:
+    """The completions whose sequences are on the first one's side of the limit (see `dpo.support.length_limit`)."""
+    if limit is None:
+        return list(groups)
+
+    def longer(group: Group, completion: Sequence[int]) -> bool:
+        return len(group.prompt) + len(completion) > limit
+
+    side = longer(groups[0], groups[0].completions[0])
+    kept = [[y for y in group.completions if longer(group, y) == side] for group in groups]
+    return [replace(group, completions=ys, pairs=(), rankings=()) for group, ys in zip(groups, kept, strict=True) if ys]
 
 
 def _subset(groups: Sequence[Group], max_tokens: int) -> list[Group]:

@@ -271,6 +271,11 @@ class PreferenceData(Sequence[Group]):
         start, stop = self._completion_starts[at : at + 2]
         return int(self._prompt_lengths[at]), self._completion_lengths[start:stop].tolist()
 
+    def longest_sequences(self) -> list[int]:
+        """Tokens of the prompt with the longest completion, of every group. Reads no tokens."""
+        longest = np.maximum.reduceat(self._completion_lengths, self._completion_starts[:-1])
+        return (self._prompt_lengths + longest)[self._indices].tolist()
+
     def num_pairs(self, index: int) -> int:
         """Pairs of a group as a step counts them: a ranking is one comparison."""
         at = self._at(index)

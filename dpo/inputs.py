@@ -30,6 +30,7 @@ from dpo.load import eos_token_ids, load_model, load_tokenizer
 from dpo.loss import Objective
 from dpo.model import head_of, prepare
 from dpo.steps import Preferences, StepPlan
+from dpo.support import length_limit, refuse_data, refuse_dropout
 
 MOST_MERGED = 64
 """Pairs in one group of merged rows where there are no steps."""
@@ -71,6 +72,8 @@ def load_network(
         path, adapter, adapter_flag = base_of(path, flag), path, flag
     transformers_logging.disable_progress_bar()
     model: Any = load_model(path, name=flag, trust_remote_code=config.trust_remote_code, keep_dropout=dropout)
+    if dropout:
+        refuse_dropout(model, config.layout)
     if adapter is not None:
         load_adapter(model, adapter, path, adapter_flag)
     return _make_ready(config, model)
@@ -150,6 +153,7 @@ def load_data(
     if config.compared.asks_for_scores and not data.scored and flag == "--data":
         asked = f"--comparisons {config.comparisons}" if config.comparisons != "all" else "--min-score-gap"
         raise UserError(f"{asked}: expected {flag} with scores or ranks, found {data.report.format}")
+    refuse_data(policy.model, data.longest_sequences(), flag)
     for line in data.report.lines():
         say(line)
     return data
@@ -186,10 +190,11 @@ def objective_of(config: InputConfig) -> Objective:
     return objective
 
 
-def plan_of(config: InputConfig) -> StepPlan:
-    """How steps are drawn and packed."""
+def plan_of(config: InputConfig, model: Any = None) -> StepPlan:
+    """How steps are drawn and packed, for a model whose rotary scaling may keep sequences apart."""
+    limit = None if model is None else length_limit(model)
     if not isinstance(config, TrainConfig):
-        return StepPlan(token_budget=config.token_budget, layout=config.layout)
+        return StepPlan(token_budget=config.token_budget, layout=config.layout, length_limit=limit)
     return StepPlan(
         pairs_per_step=config.pairs_per_step,
         groups_per_step=config.groups_per_step,
@@ -198,6 +203,7 @@ def plan_of(config: InputConfig) -> StepPlan:
         layout=config.layout,
         two_phase=config.two_phase or config.needs_whole_step,
         seed=config.seed,
+        length_limit=limit,
     )
 
 

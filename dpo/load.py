@@ -33,7 +33,9 @@ def load_model(
     options = _source(path, name)
     config = load_config(path, trust_remote_code=trust_remote_code, name=name)
     if not keep_dropout:
-        _zero_dropout(config, name)
+        zeroed = zero_dropout(config)
+        if zeroed:
+            _LOG.warning("%s: dropout set to 0: %s", name, ", ".join(zeroed))
     model, info = _load(
         AutoModelForCausalLM.from_pretrained,
         name,
@@ -127,15 +129,15 @@ def _load(function: Any, name: str, path: str, **options: Any) -> Any:
         raise UserError(f"{name} {path}: cannot be loaded: {reason[:300]}") from error
 
 
-def _zero_dropout(config: Any, name: str) -> None:
+def zero_dropout(config: Any) -> list[str]:
+    """Set every dropout probability of a configuration to 0; returns what they were."""
     changed = []
     for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
         for field, value in list(vars(part).items()):
             if _DROPOUT.search(field) and isinstance(value, float) and value > 0:
                 setattr(part, field, 0.0)
                 changed.append(f"{field} {value}")
-    if changed:
-        _LOG.warning("%s: dropout set to 0: %s", name, ", ".join(changed))
+    return changed
 
 
 def _forget_gguf(model: Any) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from dpo.adapters import head_parts
 from dpo.attention import ATTENTION
 from dpo.cpu import use_fast_products
+from dpo.errors import PackingError, UserError
 from dpo.load import eos_token_ids, load_model, load_tokenizer
 from dpo.packing import Layout, PackedBatch
 from dpo.support import refuse_lengths, refuse_unsupported
@@ -82,6 +83,7 @@ def prepare(model: PreTrainedModel, layout: Layout) -> None:
     Raises UserError naming what the model has and the flag to use instead. May be called again with another layout.
     """
     refuse_unsupported(model, layout)
+    refuse_head(model)
     use_fast_products(model)
     model.config.use_cache = False
     if layout == "padded":
@@ -111,7 +113,9 @@ def _stock_name(model: PreTrainedModel) -> str:
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The model without its LM head, final norm included."""
-    return model.get_decoder()  # pyright: ignore[reportCallIssue]
+    found: Any = model.get_decoder()  # pyright: ignore[reportCallIssue]
+    # some classes find themselves (Llama 4, Mllama), ModernBERT's finds its LM head, which it calls "decoder"
+    return model.model if found is model or isinstance(found, nn.Linear) else found  # pyright: ignore[reportReturnType]
 
 
 def trunk(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -130,11 +134,26 @@ def trunk(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     )
     calls, layers = batch.segments.cache["calls"], model.config.get_text_config(decoder=True).num_hidden_layers
     if calls < layers:
-        raise RuntimeError(
-            f"{type(model).__name__}: {calls} of {layers} layers used the attention {ATTENTION!r}: select it with "
-            "dpo.model.prepare, or use the padded layout"
+        raise PackingError(
+            f"{type(model).__name__}: {calls} of {layers} layers used the attention {ATTENTION!r}: use --padded (in a "
+            "loop of your own: select it with dpo.model.prepare)"
         )
     return out.last_hidden_state.squeeze(0).index_select(0, batch.logit_rows)
+
+
+def refuse_head(model: PreTrainedModel) -> None:
+    """Raise UserError for an LM head that is more than a linear layer (and what `Head` says is done to its logits)."""
+    head = model.get_output_embeddings()
+    known = {id(p) for module in (decoder_of(model), head) if module is not None for p in module.parameters()}
+    known |= {id(p) for p in getattr(model.base_model, "parameters", list)()}
+    name = type(model).__name__
+    if not isinstance(getattr(head, "weight", None), Tensor):
+        raise UserError(f"{name}: expected a linear LM head, found {type(head).__name__}")
+    others = [path for path, p in model.named_parameters() if id(p) not in known]
+    # a bias that the head and a module around it share has one of two names
+    others = [path for path in others if path.rsplit(".", 1)[-1] != "bias" or getattr(head, "bias", None) is None]
+    if others:
+        raise UserError(f"{name}: expected an LM head that is one linear layer, found {others[0]} beside it")
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -41,7 +41,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         raise UserError(f"--output {output}: expected a new file (or --overwrite), found one that exists")
     policy = load_policy(config)
     data = load_data(config, policy, config.data, config.data_split)
-    steps = eval_steps(data, plan_of(config))
+    steps = eval_steps(data, plan_of(config, policy.model))
     check_first_bin(config, policy.model, data, range(min(len(data), 8)))
     vocabulary = policy.model.get_output_embeddings().weight.shape[0]
     logps = _all_logps("policy", config, policy.model, steps, policy.device)

@@ -123,6 +123,8 @@ class StepPlan:
     layout: Layout = "shared"
     two_phase: bool = False
     seed: int = 0
+    length_limit: int | None = None
+    """Sequences up to so many tokens and longer ones never share a bin (`dpo.support.length_limit`)."""
 
 
 def draw_epoch(pairs: Sequence[int], plan: StepPlan, epoch: int) -> list[list[int]]:
@@ -168,7 +170,10 @@ def build_step(
     """
     held = [data[i] for i in groups]
     weights = pair_weights([group.num_comparisons for group in held], plan.reduction)
-    fits = [group_cost(group, plan.layout) <= plan.token_budget for group in held]
+    fits = [
+        group_cost(group, plan.layout) <= plan.token_budget and len(_regimes(group, plan.length_limit)) == 1
+        for group in held
+    ]
     whole = [k for k, fit in enumerate(fits) if fit and not plan.two_phase]
     apart = [k for k in range(len(held)) if k not in set(whole)]
     parts = [(k, tuple(range(len(held[k].completions))), held[k]) for k in whole]
@@ -200,16 +205,36 @@ def _pack_parts(
 ) -> list[Bin]:
     """Packs (position in the step, completions, group of just these completions) into bins under the budget."""
     bins = []
-    for members in plan_groups([part for _, _, part in parts], plan.token_budget, plan.layout).bins:
-        chosen = [parts[m] for m in members]
-        bins.append(
-            Bin(
-                batch=pack([part for _, _, part in chosen], layout=plan.layout),
-                members=tuple((groups[k], completions) for k, completions, _ in chosen),
-                completions=torch.empty(0, dtype=torch.int64),
+    for together in _by_regime(parts, plan.length_limit):
+        for members in plan_groups([part for _, _, part in together], plan.token_budget, plan.layout).bins:
+            chosen = [together[m] for m in members]
+            bins.append(
+                Bin(
+                    batch=pack([part for _, _, part in chosen], layout=plan.layout),
+                    members=tuple((groups[k], completions) for k, completions, _ in chosen),
+                    completions=torch.empty(0, dtype=torch.int64),
+                )
             )
-        )
     return bins
+
+
+def _regimes(group: Group, limit: int | None) -> list[tuple[int, ...]]:
+    """The group's completions, those apart that are longer than `limit` with the prompt."""
+    everything = range(len(group.completions))
+    if limit is None:
+        return [tuple(everything)]
+    within = tuple(i for i in everything if len(group.prompt) + len(group.completions[i]) <= limit)
+    beyond = tuple(i for i in everything if i not in set(within))
+    return [part for part in (within, beyond) if part]
+
+
+def _by_regime(
+    parts: Sequence[tuple[int, tuple[int, ...], Group]], limit: int | None
+) -> list[list[tuple[int, tuple[int, ...], Group]]]:
+    if limit is None:
+        return [list(parts)]
+    longer = [len(part.prompt) + max(map(len, part.completions)) > limit for _, _, part in parts]
+    return [[part for part, long in zip(parts, longer, strict=True) if long == side] for side in (False, True)]
 
 
 def _weights_of(held: Sequence[Group], weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
@@ -236,7 +261,10 @@ def _couple(
         chosen += [total + w for w, _ in group.pairs]
         rejected += [total + loser for _, loser in group.pairs]
         total += len(group.completions)
-        parts += [(k, part.completions, part.group) for part in split_group(group, plan.token_budget, plan.layout)]
+        for regime in _regimes(group, plan.length_limit):
+            alike = replace(group, completions=[group.completions[i] for i in regime], pairs=(), rankings=())
+            for part in split_group(alike, plan.token_budget, plan.layout):
+                parts.append((k, tuple(regime[i] for i in part.completions), part.group))
     bins = [
         replace(b, completions=torch.tensor([first[i] + c for i, held in b.members for c in held], dtype=torch.int64))
         for b in _pack_parts(parts, groups, plan)

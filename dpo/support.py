@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -13,8 +13,10 @@ from dpo.errors import UserError
 from dpo.packing import Layout, PackedBatch
 
 _STATE_SPACE = re.compile(
-    r"mamba|rwkv|deltanet|linearattention|recurrent|shortconv|ssm|s4d|xlstm|retention", re.IGNORECASE
+    r"mamba|rwkv|deltanet|linearattention|recurrent|shortconv|ssm(?!lp)|s4d|xlstm|retention", re.IGNORECASE
 )
+_RANDOM_ROUTING = {"phimoe": "experts drawn at random in training"}
+_ATTENTION_DROPOUT = re.compile(r"att.*(drop|pdrop)")
 _PLAIN_LAYERS = {"full_attention", "sliding_attention", "attention"}
 _LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 
@@ -27,10 +29,57 @@ def refuse_unsupported(model: PreTrainedModel, layout: Layout) -> None:
         raise UserError(f"{name}: expected a causal language model, found an encoder-decoder")
     if not_causal := _bidirectional(model, config):
         raise UserError(f"{name}: expected a causal language model, found {not_causal}")
+    if config.model_type in _RANDOM_ROUTING:
+        raise UserError(
+            f"{name} has {_RANDOM_ROUTING[config.model_type]}: no forward repeats, so no log ratio is exact"
+        )
     if layout == "padded":
         return
     for reason in _unpackable(model, config):
         raise UserError(f"{name} has {reason}, which a packed row would compute wrongly: use --padded")
+
+
+def refuse_dropout(model: PreTrainedModel, layout: Layout) -> None:
+    """Raise UserError for dropout on attention weights, which a packed row cannot apply."""
+    config = model.config.get_text_config(decoder=True)
+    for field, value in vars(config).items():
+        if layout != "padded" and _ATTENTION_DROPOUT.search(field) and isinstance(value, float) and value > 0:
+            raise UserError(
+                f"--dropout: {type(model).__name__} drops attention weights ({field} {value:g}), which a packed row "
+                "cannot: use --padded, or leave --dropout off"
+            )
+
+
+def length_limit(model: PreTrainedModel) -> int | None:
+    """Tokens up to which the model's `longrope` scaling takes its short factors, or None without it.
+
+    Transformers chooses the factors from the largest position of a whole batch: sequences on both sides of the limit
+    must not share a bin.
+    """
+    config = model.config.get_text_config(decoder=True)
+    limits = [_limit_of(rope, config) for rope in _rope_parameters(config) if rope.get("rope_type") == "longrope"]
+    return min(limits, default=None)
+
+
+def refuse_data(model: PreTrainedModel, lengths: Iterable[int], name: str) -> None:
+    """Raise UserError when a sequence of the data is longer than `dynamic` rotary scaling allows in a batch.
+
+    lengths: tokens of the longest sequence of every group. name: the flag that errors name.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for rope in _rope_parameters(config):
+        limit, longest = _limit_of(rope, config), max(lengths, default=0)
+        if rope.get("rope_type") == "dynamic" and longest > limit:
+            raise UserError(
+                f"{name}: {type(model).__name__} has rotary scaling 'dynamic', which changes with the longest sequence "
+                f"of a batch beyond {limit} tokens: expected prompt and completion within {limit}, found {longest}: "
+                "lower --max-prompt-length or --max-completion-length"
+            )
+
+
+def _limit_of(rope: dict[str, Any], config: Any) -> int:
+    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return original or config.max_position_embeddings
 
 
 def refuse_lengths(model: PreTrainedModel, batch: PackedBatch) -> None:
@@ -45,9 +94,7 @@ def refuse_lengths(model: PreTrainedModel, batch: PackedBatch) -> None:
         if kind not in _LENGTH_DEPENDENT_ROPE:
             continue
         short, long = batch.sequence_lengths
-        limit = config.max_position_embeddings
-        if kind == "longrope":
-            limit = rope.get("original_max_position_embeddings") or limit
+        limit = _limit_of(rope, config)
         # dynamic scaling also remembers the longest batch so far
         if long > limit and (kind == "dynamic" or short <= limit):
             raise UserError(

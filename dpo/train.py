@@ -67,7 +67,7 @@ def train(config: TrainConfig) -> TrainResult:
     policy = load_policy(config, str(checkpoint / "model") if checkpoint else None, dropout=config.dropout)
     model, device = policy.model, policy.device
     data, eval_data = load_train_and_eval(config, policy)
-    objective, plan = objective_of(config), plan_of(config)
+    objective, plan = objective_of(config), plan_of(config, model)
     steps = StepDataset(data, plan, epochs=config.epochs, max_steps=config.max_steps)
     evals = eval_steps(eval_data, plan) if eval_data is not None else []
     samples = None
