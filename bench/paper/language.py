@@ -53,6 +53,8 @@ def _tokenizer(texts: Sequence[str], settings: Settings) -> PreTrainedTokenizerF
 
 def _model(tokenizer: PreTrainedTokenizerFast, settings: Settings, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
+    end = tokenizer.convert_tokens_to_ids(END)
+    assert isinstance(end, int)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,
@@ -63,8 +65,8 @@ def _model(tokenizer: PreTrainedTokenizerFast, settings: Settings, seed: int) ->
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=end,
+        pad_token_id=end,
     )
     return LlamaForCausalLM(config)
 

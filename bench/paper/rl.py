@@ -34,9 +34,10 @@ def train_rloo(
     Raises ImportError where TRL is not installed.
     """
     from datasets import Dataset
-    from trl import RLOOConfig, RLOOTrainer  # pyright: ignore[reportMissingImports]
+    from trl.trainer.rloo_config import RLOOConfig  # pyright: ignore[reportMissingImports]
+    from trl.trainer.rloo_trainer import RLOOTrainer  # pyright: ignore[reportMissingImports]
 
-    def score(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    def score(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
         pairs = zip(prompts, completions, strict=True)
         return [reward((prompt + text).replace(tokenizer.eos_token, "")) for prompt, text in pairs]
 

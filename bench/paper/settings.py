@@ -50,19 +50,19 @@ class Settings:
     completions: int = 4
     prompts_per_step: int = 16
     optimizer: str = "rmsprop"
-    lr: float = 5e-4
+    lr: float = 2e-4
     warmup_steps: int = 8
     grad_clip: float = 10.0
     held_out: int = 250
     """Prompts that every point is measured on."""
     samples: int = 4
     """Samples of each of them."""
-    betas: tuple[float, ...] = (5.0, 1.0, 0.3, 0.1)
+    betas: tuple[float, ...] = (3.0, 1.0, 0.3, 0.1)
     ipo_betas: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01)
     """IPO aims at log ratios of a pair that differ by 1 / (2 beta)."""
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     rl_betas: tuple[float, ...] = (0.1, 0.03, 0.01, 0.003)
-    rl_lr: float = 5e-4
+    rl_lr: float = 2e-4
     sweep: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
     """Fractions of the steps at which the baselines without a beta are measured."""
 

@@ -188,6 +188,7 @@ def test_every_objective_goes_through_a_step_with_the_right_loss():
             losses.append(step_backward(policy, step, reference, run, groups).item())
             with torch.no_grad():
                 for p in policy.parameters():
+                    assert p.grad is not None
                     p -= 1e-3 * p.grad / max(1.0, float(p.grad.norm()))
         assert losses[0] == pytest.approx(expected[method], rel=1e-5), method
         assert losses[1] < losses[0], method
