@@ -1,29 +1,47 @@
-"""The run folder: opened once, written aside and renamed, never written over by accident."""
+"""The run folder: one process at a time, every file written aside and renamed, nothing written over by accident.
+
+config.yaml, metrics.jsonl, eval.jsonl, model/, finished.json
+checkpoints/step-N/model/                       weights and tokenizer, for plain Transformers
+checkpoints/step-N/state.{json,safetensors}     optimizer, generators, position, and all else that goes on
+checkpoints/best.json                           the step of the best evaluation, where --best-metric asks for it
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 import yaml
 
 from dpo.adapters import adapter_of, save_adapter
 from dpo.config import TrainConfig, to_yaml
+from dpo.durable import WRITE_ERRORS, new_folder, remove_folder, sweep, write_text
 from dpo.errors import UserError
+from dpo.statefile import BadState, load_state, save_state
 
 # What may differ between a run and its continuation: how long, how often, how much memory; never what is computed.
 _FREE = {
     "config", "resume", "overwrite", "output", "epochs", "max_steps", "eval_data", "eval_split", "eval_every",
     "save_every", "keep_checkpoints", "log_every", "token_budget", "share_prefix", "padded", "check_sharing", "device",
-    "head_plan", "head_workspace_mb", "kernel_backend", "gradient_checkpointing", "reference", "two_phase",
-    "log_to", "sample_prompts", "samples_per_prompt", "sample_tokens", "sample_temperature",
-    "push_to_hub", "hub_private",
-    "data_workers", "max_skipped", "trust_remote_code", "max_bad_fraction",
+    "head_plan", "head_workspace_mb", "kernel_backend", "gradient_checkpointing", "reference", "reference_cache",
+    "log_to", "sample_prompts", "samples_per_prompt", "sample_tokens", "sample_temperature", "push_to_hub",
+    "hub_private", "two_phase", "data_workers", "max_skipped", "trust_remote_code", "max_bad_fraction",
 }  # fmt: skip
+_LOCK, _STEP = ".lock", re.compile(r"step-(\d+)")
+
+
+class Stateful(Protocol):
+    """A part of a run whose state goes into checkpoints: an optimizer, a loss with a running baseline, ..."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
 
 
 def find_run(config: TrainConfig) -> Path | None:
@@ -34,34 +52,91 @@ def find_run(config: TrainConfig) -> Path | None:
     Raises:
         UserError: the folder is in use and neither --resume nor --overwrite says what to do with it.
     """
-    run = Path(config.output)
+    run, resume = Path(config.output), config.resume != "never"
     started = (run / "config.yaml").exists()
     if run.exists() and not run.is_dir():
         raise UserError(f"--output {run}: expected a folder, found a file")
-    if config.resume and config.overwrite:
+    if resume and config.overwrite:
         raise UserError("--resume: expected without --overwrite, found both")
-    occupied = run.is_dir() and any(run.iterdir())
+    occupied = run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir())
     if occupied and not started:
         raise UserError(f"--output {run}: expected a new or empty folder or a run, found other files")
-    if occupied and not (config.resume or config.overwrite):
-        raise UserError(f"--output {run}: expected a new or empty folder (or --resume, --overwrite), found a run")
-    checkpoint = newest_checkpoint(run) if config.resume else None
-    if checkpoint is not None:
-        _check_same(config, yaml.safe_load((run / "config.yaml").read_text()))
+    if occupied and not (resume or config.overwrite):
+        raise UserError(f"--output {run}: expected a new or empty folder (or --resume auto, --overwrite), found a run")
+    checkpoint = newest_checkpoint(run) if resume else None
+    if config.resume == "must" and checkpoint is None and finished_steps(run) is None:
+        raise UserError(f"--resume must: expected a checkpoint under {run}, found none")
+    if resume and started:
+        _check_same(config, _read_config(run))
     return checkpoint
 
 
-def start_run(config: TrainConfig) -> Path:
-    """Makes the run folder, empty unless the run goes on, and writes `config.yaml`. Call `find_run` first."""
+@contextmanager
+def open_run(config: TrainConfig, checkpoint: Path | None) -> Iterator[Path]:
+    """Makes the run folder, empty unless the run goes on, takes its lock, and writes `config.yaml`.
+
+    Args:
+        checkpoint: what `find_run` returned.
+    Raises:
+        UserError: another process has the folder, or it cannot be written.
+    """
     run = Path(config.output)
     try:
-        if config.overwrite and run.is_dir():
-            shutil.rmtree(run)
         run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "config.yaml", to_yaml(config))
+        lock = (run / _LOCK).open("a")
     except OSError as error:
         raise UserError(f"--output {run}: expected a folder to write to, found: {error}") from error
-    return run
+    with lock:
+        _take(lock, run)
+        if find_run(config) != checkpoint:
+            raise UserError(f"--output {run}: expected no other process, found that one has just written to it")
+        with writing(run):
+            if config.overwrite:
+                _empty(run)
+            for folder in (run, run / "checkpoints"):
+                sweep(folder)
+            (run / "finished.json").unlink(missing_ok=True)
+            write_text(run / "config.yaml", to_yaml(config))
+        yield run
+
+
+def _take(lock: Any, run: Path) -> None:
+    # a record lock: gone with the process however it ends, and not inherited by data workers that outlive it
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--output {run}: expected no other process, found one that trains into it") from None
+
+
+def _empty(run: Path) -> None:
+    for path in run.iterdir():
+        if path.name == _LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Turns what a full or read-only disk raises into one line that says what is safe."""
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        newest = newest_checkpoint(run)
+        safe = f"{newest.name} is whole: make room and go on with --resume auto" if newest else "there is no checkpoint"
+        raise UserError(f"--output {run}: cannot be written: {' '.join(str(error).split())}; {safe}") from error
+
+
+def _read_config(run: Path) -> Mapping[str, Any]:
+    try:
+        held = yaml.safe_load((run / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{run / 'config.yaml'}: expected the settings of a run, found: {error}") from error
+    if not isinstance(held, dict):
+        raise UserError(f"{run / 'config.yaml'}: expected the settings of a run, found a {type(held).__name__}")
+    return held
 
 
 def _check_same(config: TrainConfig, before: Mapping[str, Any]) -> None:
@@ -72,28 +147,34 @@ def _check_same(config: TrainConfig, before: Mapping[str, Any]) -> None:
             )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file aside and renames it into place."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [(int(m[1]), path) for path in (run / "checkpoints").glob("step-*") if (m := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
 
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint of the latest step, if there is one."""
-    found = sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = checkpoints(run)
     return found[-1] if found else None
+
+
+def finished_steps(run: Path) -> int | None:
+    """How many steps a finished run was to have; None for one that did not end."""
+    if not (run / "model").is_dir():
+        return None
+    try:
+        return int(json.loads((run / "finished.json").read_text())["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     """Writes model (its adapter, where one trains) and tokenizer for plain Transformers and peft, aside first: a folder
     that is there is whole."""
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    _write_model(aside, model)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with new_folder(folder) as aside:
+        _write_model(aside, model)
+        tokenizer.save_pretrained(aside)
 
 
 def _write_model(folder: Path, model: Any) -> None:
@@ -111,28 +192,49 @@ def _write_model(folder: Path, model: Any) -> None:
         model.set_attn_implementation(attention)
 
 
-def save_checkpoint(run: Path, step: int, model: Any, tokenizer: Any, parts: Mapping[str, Any], keep: int) -> Path:
-    """Writes checkpoints/step-N: model, tokenizer, generator, and the state of the parts; keeps the newest `keep`."""
+def save_checkpoint(
+    run: Path, step: int, model: Any, tokenizer: Any, state: Mapping[str, Any], *, keep: int, best: int | None = None
+) -> Path:
+    """Writes checkpoints/step-N and then lets the oldest go.
+
+    Args:
+        state: what `load_checkpoint` gives back: tensors, numbers and strings in dicts and lists.
+        keep: how many of the newest to keep.
+        best: the step whose checkpoint is kept besides.
+    Raises:
+        UserError: the disk is full or read-only; the checkpoints before are whole.
+    """
     folder = run / "checkpoints" / f"step-{step}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f"writing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    save_model(aside / "model", model, tokenizer)
-    states = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({"step": step, "parts": states, "rng": torch.get_rng_state()}, aside / "state.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    others = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
-    for old in others[:-keep]:
-        shutil.rmtree(old)
+    with writing(run):
+        folder.parent.mkdir(exist_ok=True)
+        with new_folder(folder) as aside:
+            _write_model(aside / "model", model)
+            tokenizer.save_pretrained(aside / "model")
+            save_state(aside, {"step": step, **state})
+        if best is not None:
+            write_text(folder.parent / "best.json", json.dumps({"step": best}) + "\n")
+        for old in checkpoints(run)[:-keep]:
+            if old.name != f"step-{best}":
+                remove_folder(old)
     return folder
 
 
-def load_state(checkpoint: Path, parts: Mapping[str, Any]) -> int:
-    """Restores the parts and the generator; returns the steps done. The model is loaded from checkpoint/model."""
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state["parts"][name])
-    torch.set_rng_state(state["rng"])
-    return int(state["step"])
+def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """The state of a checkpoint; its weights are loaded from checkpoint/model.
+
+    Raises:
+        UserError: it is damaged, or of another version.
+    """
+    try:
+        state = load_state(checkpoint)
+    except BadState as error:
+        raise UserError(f"{checkpoint}: {error}") from error
+    if not isinstance(state, dict) or f"step-{state.get('step')}" != checkpoint.name:
+        raise UserError(f"{checkpoint}: expected the state of {checkpoint.name}, found that of another step")
+    return state
+
+
+def finish_run(run: Path, steps: int) -> None:
+    """Marks the run as finished. Call it last."""
+    with writing(run):
+        write_text(run / "finished.json", json.dumps({"steps": steps}) + "\n")

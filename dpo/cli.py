@@ -11,6 +11,7 @@ import tyro
 
 from dpo import __version__
 from dpo.config import (
+    CacheConfig,
     DemoConfig,
     DoctorConfig,
     LossesConfig,
@@ -20,10 +21,11 @@ from dpo.config import (
     TrainConfig,
     yaml_to_args,
 )
-from dpo.errors import UserError
+from dpo.errors import Stopped, UserError
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
+    | Annotated[CacheConfig, tyro.conf.subcommand("cache")]
     | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
     | Annotated[MergeConfig, tyro.conf.subcommand("merge")]
     | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
@@ -31,12 +33,12 @@ Command = (
     | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
 )
-_CONFIGS = {"train": TrainConfig, "score": ScoreConfig}
+_CONFIGS = {"train": TrainConfig, "cache": CacheConfig, "score": ScoreConfig}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `dpo` and exits: 0 on success, 1 when `dpo doctor` finds a problem, 2 for what the user can mend, 130 when
-    interrupted."""
+    """Runs `dpo` and exits: 0 on success, 1 when `dpo doctor` finds a problem, 2 for what the user can mend, 128 + the
+    signal when stopped by one."""
     words = list(sys.argv[1:] if argv is None else argv)
     # data workers fork after the tokenizer has run threads, and never tokenise: its warning about that is moot
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"dpo: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Stopped as error:
+        print(f"dpo: {error}", file=sys.stderr)
+        raise SystemExit(error.status) from None
     except KeyboardInterrupt:
         print("dpo: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -66,6 +71,10 @@ def run(config: Any) -> None:
         from dpo.train import train
 
         train(config)
+    elif isinstance(config, CacheConfig):
+        from dpo.cache import cache
+
+        cache(config)
     elif isinstance(config, ScoreConfig):
         from dpo.score import score
 

@@ -15,6 +15,10 @@ from dpo.comparisons import Comparisons, Kind
 from dpo.errors import UserError
 from dpo.lossflags import LossConfig
 
+OptimizerName = Literal[
+    "rmsprop", "adamw", "adam", "nadam", "radam", "adamax", "adagrad", "adadelta", "adafactor", "sgd", "asgd", "rprop"
+]
+"""RMSprop as the paper has it, and torch's by name."""
 Layout = Literal["shared", "packed", "padded"]
 """shared: [prompt | y_1 | ... | y_K]; packed: the prompt repeated before every completion, no padding; padded: one a
 row, padded right."""
@@ -65,8 +69,8 @@ class InputConfig:
     """One completion a row, padded, with stock attention: for models that cannot be packed, and as a baseline."""
     check_sharing: bool = True
     """First compare the packed forward with plain forwards of the same weights, on part of the first step."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward and backward: fp32, or bf16 autocast. Parameters and optimizer stay in fp32."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward: fp32, or bf16 or fp16 autocast, fp16 with dynamic loss scaling."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto takes CUDA where it is found."""
     head_plan: Literal["auto", "frozen", "retain", "recompute"] = "auto"
@@ -102,43 +106,83 @@ class InputConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(LossConfig, InputConfig):
-    """Train a language model on preferences with Direct Preference Optimization."""
+class DataConfig(InputConfig):
+    """What training and filling its reference cache have in common: which data are drawn how, and the reference."""
 
-    output: str = "runs/dpo"
-    """Folder of the run: config.yaml, metrics.jsonl, eval.jsonl, curves.png, model/, checkpoints/."""
     eval_data: str | None = None
     """Held-out preference data, in any form that --data takes."""
     eval_split: str | None = None
     """The split of --eval-data, such as test. None: train, or the only one."""
     eval_fraction: float = 0.0
     """Without --eval-data: hold out this fraction of --data; equal prompts stay on one side."""
-    reduction: Literal["pairs", "prompts"] = "pairs"
-    """What a step averages over: every pair (or ranking) alike, or every prompt alike whatever its number of pairs."""
     pairs_per_step: int = 64
     """Pairs in an optimizer step (rankings, with --comparisons ranking). A prompt's pairs stay together."""
     groups_per_step: int | None = None
     """Prompts in an optimizer step, instead of --pairs-per-step."""
+    reference_model: str | None = None
+    """The reference. None: the policy as it is before training."""
+    reference_cache: str | None = None
+    """Folder of the reference's log-probs, shared by runs. None: fused-dpo/references in the user's cache folder."""
+    param_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How parameters are stored. bf16 needs --dtype bf16; see --bf16-update."""
+    seed: int = 0
+    """Seed of the order of the data, and of the held-out split."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pairs_per_step", "groups_per_step"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, _flag(name), "a positive number", value)
+        _require(0 <= self.eval_fraction < 1, "--eval-fraction", "0 <= value < 1", self.eval_fraction)
+        same = self.eval_data == self.data and self.eval_split == self.data_split
+        _require(not same, "--eval-data", "other data or another --eval-split than --data", f"{self.eval_data} again")
+        _require(
+            not (self.eval_data and self.eval_fraction), "--eval-fraction", "no --eval-data beside it", self.eval_data
+        )
+        bf16 = self.param_dtype == "fp32" or self.dtype == "bf16"
+        _require(bf16, "--param-dtype bf16", "--dtype bf16 beside it", self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LossConfig, DataConfig):
+    """Train a language model on preferences with Direct Preference Optimization."""
+
+    output: str = "runs/dpo"
+    """Folder of the run: config.yaml, metrics.jsonl, eval.jsonl, curves.png, model/, checkpoints/."""
+    reduction: Literal["pairs", "prompts"] = "pairs"
+    """What a step averages over: every pair (or ranking) alike, or every prompt alike whatever its number of pairs."""
     epochs: int | None = None
     """Passes over the data. None: one, or as many as --max-steps needs."""
     max_steps: int | None = None
     """Stop after this many steps, or after --epochs if that comes first."""
-    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    optimizer: OptimizerName = "rmsprop"
     """The paper uses RMSprop."""
+    optimizer_options: str | None = None
+    """Further arguments of it as YAML, such as '{betas: [0.9, 0.95], eps: 1.0e-6}'."""
     lr: float = 1e-6
-    """Learning rate after warm-up; constant from there."""
-    warmup_steps: int = 150
-    """Steps over which the learning rate rises linearly from zero."""
+    """The largest learning rate, after warm-up."""
+    schedule: Literal["paper", "linear", "cosine", "constant"] = "paper"
+    """After warm-up the rate stays (paper) or falls (linear, cosine). constant: it stays, and there is no warm-up."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises linearly from zero. None: the paper's 150; 0 for --schedule constant."""
+    lr_end: float | None = None
+    """Where linear and cosine end, as a fraction of --lr. None: 0."""
     weight_decay: float = 0.0
-    """Decoupled for AdamW, added to the gradient for RMSprop."""
+    """Decoupled for AdamW, else as torch's optimizer of that name does it (added to the gradient)."""
+    bf16_update: Literal["master", "random"] | None = None
+    """Of --param-dtype bf16: fp32 master weights, or none and updates rounded at random. None: master."""
+    ema: float | None = None
+    """Evaluate and save as model/ the exponential moving average of the weights with this decay, such as 0.999."""
     grad_clip: float = 10.0
     """Clip the gradient to this global norm. 0: do not clip."""
     reference: Literal["auto", "cached", "online", "adapter-off", "none"] = "auto"
-    """Log-probs of the reference: computed once before training and kept (cached); with a second model at every step
-    (online); with LoRA, with the policy's own weights and its adapter off (adapter-off); or none, for losses that use
-    none. auto: cached, or none where the loss uses none."""
-    reference_model: str | None = None
-    """The reference. None: the policy as it is before training."""
+    """Log-probs of the reference: computed once and kept on disk (cached); with a second model at every step (online);
+    with LoRA, with the policy's own weights and its adapter off (adapter-off); or none, for losses that use none. auto:
+    cached, or none where the loss uses none."""
+    ref_update_every: int | None = None
+    """Move the reference towards the policy every so many steps (TR-DPO). Needs --reference online."""
+    ref_mix: float | None = None
+    """How far --ref-update-every moves it: reference = mix * policy + (1 - mix) * reference. None: 0.6. 1: a copy."""
     two_phase: bool = False
     """Compute log-probs of the whole step before any gradient. Groups over --token-budget always go this way."""
     gradient_checkpointing: bool = False
@@ -163,10 +207,14 @@ class TrainConfig(LossConfig, InputConfig):
     """Print a line every so many steps where there is no terminal for a progress bar. metrics.jsonl gets every step."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
+    best_metric: Literal["loss", "accuracy", "margin", "chosen_reward"] | None = None
+    """Keep the checkpoint of the evaluation that is best by this; model/ becomes that one. loss: the lowest is best."""
+    early_stop: int | None = None
+    """Stop after so many evaluations in a row that are not better by --best-metric."""
     max_skipped: int = 5
     """Stop after this many updates in a row whose loss or gradient was not finite (each is skipped and reported)."""
-    resume: bool = False
-    """Go on from the newest checkpoint under --output."""
+    resume: Literal["never", "auto", "must"] = "never"
+    """auto: go on from the newest checkpoint under --output, or start if there is none. must: stop if there is none."""
     overwrite: bool = False
     """Replace the run that --output holds."""
     log_to: tuple[Literal["none", "tensorboard", "wandb", "trackio"], ...] | None = None
@@ -186,14 +234,11 @@ class TrainConfig(LossConfig, InputConfig):
     """Make the repository private, where --push-to-hub creates it."""
     data_workers: int | None = None
     """Processes that draw and pack batches. None: 0 on CPU, 2 on CUDA."""
-    seed: int = 0
-    """Seed of the order of the data, and of the held-out split."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = ("pairs_per_step", "groups_per_step", "epochs", "max_steps", "lr", "log_every")
-        positive += ("samples_per_prompt", "sample_tokens")
-        for name in (*positive, "keep_checkpoints", "max_skipped"):
+        positive = ("epochs", "max_steps", "lr", "log_every", "samples_per_prompt", "sample_tokens")
+        for name in (*positive, "keep_checkpoints", "max_skipped", "early_stop"):
             value = getattr(self, name)
             _require(value is None or value > 0, _flag(name), "a positive number", value)
         unsigned = ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every", "data_workers")
@@ -208,19 +253,55 @@ class TrainConfig(LossConfig, InputConfig):
         self._check_lora()
         reference = self.resolve_reference(self.reference, self.reference_model, self.reduction)
         object.__setattr__(self, "reference", reference)
-        _require(0 <= self.eval_fraction < 1, "--eval-fraction", "0 <= value < 1", self.eval_fraction)
-        same = self.eval_data == self.data and self.eval_split == self.data_split
+        self._check_reference()
+        self._check_update()
+        held_out = bool(self.eval_data or self.eval_fraction)
+        beside = "--eval-data or --eval-fraction beside it"
         if self.sample_prompts is not None:
             _require(self.sample_prompts != "0", "--sample-prompts", "at least 1 prompt, or a file", 0)
-            held_out = self.eval_data or self.eval_fraction
-            _require(bool(held_out), "--sample-prompts", "--eval-data or --eval-fraction beside it", "neither")
+            _require(held_out, "--sample-prompts", beside, "neither")
+        _require(not self.best_metric or held_out, "--best-metric", beside, "neither")
+        _require(not self.early_stop or bool(self.best_metric), "--early-stop", "--best-metric beside it", "none")
         _require(not self.hub_private or bool(self.push_to_hub), "--hub-private", "--push-to-hub beside it", "none")
         if self.log_to is not None and "none" in self.log_to:
             _require(self.log_to == ("none",), "--log-to none", "nothing beside it", " ".join(self.log_to))
-        _require(not same, "--eval-data", "other data or another --eval-split than --data", f"{self.eval_data} again")
-        _require(
-            not (self.eval_data and self.eval_fraction), "--eval-fraction", "no --eval-data beside it", self.eval_data
-        )
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, resolved."""
+        if self.warmup_steps is None:
+            return 0 if self.schedule == "constant" else 150
+        return self.warmup_steps
+
+    def _check_update(self) -> None:
+        rises = self.schedule == "constant" and self.warmup_steps
+        _require(not rises, "--warmup-steps", "none with --schedule constant (paper has it)", self.warmup_steps)
+        falls = self.schedule in ("linear", "cosine")
+        _require(falls or self.lr_end is None, "--lr-end", "--schedule linear or cosine beside it", self.schedule)
+        _require(self.lr_end is None or 0 <= self.lr_end <= 1, "--lr-end", "0 <= value <= 1", self.lr_end)
+        bf16 = self.param_dtype == "bf16"
+        _require(bf16 or self.bf16_update is None, "--bf16-update", "--param-dtype bf16 beside it", self.param_dtype)
+        _require(self.ema is None or 0 < self.ema < 1, "--ema", "0 < value < 1", self.ema)
+        self.parsed_optimizer_options()
+
+    def parsed_optimizer_options(self) -> dict[str, Any]:
+        """--optimizer-options as a mapping."""
+        try:
+            found = yaml.safe_load(self.optimizer_options or "{}")
+        except yaml.YAMLError as error:
+            raise UserError(f"--optimizer-options: expected YAML, found {_one_line(error)}") from error
+        found = {} if found is None else found
+        known = isinstance(found, dict) and all(isinstance(name, str) for name in found)
+        _require(known, "--optimizer-options", "a mapping such as '{eps: 1.0e-6}'", self.optimizer_options)
+        return found
+
+    def _check_reference(self) -> None:
+        every = self.ref_update_every
+        moves = every is not None
+        _require(every is None or every > 0, "--ref-update-every", "a positive number", every)
+        _require(not moves or self.reference == "online", "--ref-update-every", "--reference online", self.reference)
+        _require(moves or self.ref_mix is None, "--ref-mix", "--ref-update-every beside it", "none")
+        _require(self.ref_mix is None or 0 < self.ref_mix <= 1, "--ref-mix", "0 < value <= 1", self.ref_mix)
 
     def _check_lora(self) -> None:
         _require(self.lora_r is None or self.lora_r > 0, "--lora-r", "a positive number", self.lora_r)
@@ -245,6 +326,13 @@ class TrainConfig(LossConfig, InputConfig):
     def trains_adapter(self) -> bool:
         """Whether an adapter trains, and not the model's own weights."""
         return any(value is not None for value in (self.lora_r, self.lora_config, self.adapter))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(DataConfig):
+    """Fill the reference cache of a training run: takes the model and the data, and how they are drawn, as it does."""
+
+    beta: Annotated[float, tyro.conf.Suppress] = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +434,8 @@ def yaml_to_args(path: str, config: type) -> list[str]:
             words.append(_flag(name) if value else _flag("no_" + name))
         elif name in _LISTS and isinstance(value, list):
             words += [_flag(name), *map(str, value)]
+        elif name == "optimizer_options" and isinstance(value, Mapping):
+            words += [_flag(name), yaml.safe_dump(dict(value), default_flow_style=True, width=1 << 20).strip()]
         elif isinstance(value, Sequence | Mapping) and not isinstance(value, str):
             raise UserError(f"--config {path}: {name}: expected one value, found a {type(value).__name__}")
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
 from itertools import chain, islice
 from typing import Any, overload
 
@@ -284,6 +285,19 @@ class PreferenceData(Sequence[Group]):
     @property
     def total_pairs(self) -> int:
         return int(self._pair_counts[self._indices].sum())
+
+    def digest(self) -> str:
+        """A digest of the groups' ids, comparisons and order, whatever source they came from."""
+        found = blake2b(self._indices.tobytes(), digest_size=16)
+        for name in self._table.column_names:
+            column = self._table.data.column(name)
+            while pa.types.is_list(column.type):
+                found.update(_list_lengths(column).tobytes())
+                column = pc.call_function("list_flatten", [column])
+            if not pa.types.is_string(column.type):
+                for chunk in column.chunks:
+                    found.update(chunk.to_numpy(zero_copy_only=False).tobytes())
+        return found.hexdigest()
 
     def select(self, indices: Sequence[int] | np.ndarray) -> PreferenceData:
         """The groups at `indices`, in that order, over the same table. The report stays the whole source's."""

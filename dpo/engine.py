@@ -26,16 +26,22 @@ class StepResult:
     """Per-token log-probs of every bin: what to look at when something is not finite."""
 
 
-def forward_backward(model: Any, step: StepBatch, ref_logps: RefLogps, objective: Objective) -> StepResult:
-    """Forward and backward of all bins of a step; gradients accumulate in the parameters. Waits for nothing."""
+def forward_backward(
+    model: Any, step: StepBatch, ref_logps: RefLogps, objective: Objective, loss_scale: Tensor | float = 1.0
+) -> StepResult:
+    """Forward and backward of all bins of a step; gradients accumulate in the parameters. Waits for nothing.
+
+    Args:
+        loss_scale: what gradients are multiplied by, for fp16. The loss that is reported is not.
+    """
     result = StepResult(PairSums(step.all_bins[0].batch.input_ids.device), [])
     for b in step.bins:
         out = bin_loss(model, b.batch, ref_logps(b), objective)
-        out.loss.backward()
+        (out.loss * loss_scale).backward()
         _record(result, b, out.token_logps, out)
     if step.coupled is not None:
         out = coupled_loss(model, step.coupled, ref_logps, objective)
-        coupled_backward(model, step.coupled, out, objective)
+        coupled_backward(model, step.coupled, out, objective, loss_scale)
         _record_coupled(result, step, out)
     return result
 

@@ -1,4 +1,4 @@
-"""Errors that users cause and can mend."""
+"""Errors that users cause and can mend, and runs that were asked to stop."""
 
 
 class UserError(Exception):
@@ -10,3 +10,11 @@ class PackingError(UserError, RuntimeError):
 
     In a library call it is the caller's mistake as often (a model that was not prepared), hence a RuntimeError too.
     """
+
+
+class Stopped(Exception):
+    """A run that was asked to stop and did. `status` is the exit status that shells expect: 128 + the signal."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

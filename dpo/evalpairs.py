@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo.checkpoint import write_text
+from dpo.durable import write_text
 from dpo.engine import StepResult
 from dpo.loss import RefLogps
 from dpo.metrics import completion_sums

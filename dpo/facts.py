@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo.checkpoint import write_text
 from dpo.data import PreferenceData
+from dpo.durable import write_text
 from dpo.inputs import Policy
 from dpo.machine import describe_device, versions
 

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from dpo.charts import number
-from dpo.checkpoint import write_text
 from dpo.config import TrainConfig, defaults_of
 from dpo.console import say
+from dpo.durable import write_text
 from dpo.errors import UserError
 from dpo.report import Run, read_run
 

@@ -22,15 +22,18 @@ from dpo.adapters import (
 )
 from dpo.baseline import RunningBaseline
 from dpo.checks import check_sharing
-from dpo.config import InputConfig, TrainConfig
+from dpo.config import DataConfig, InputConfig, TrainConfig
 from dpo.console import notice, say
 from dpo.data import PreferenceData, load_preferences, split_off
 from dpo.errors import UserError
 from dpo.load import eos_token_ids, load_model, load_tokenizer
 from dpo.loss import Objective
 from dpo.model import head_of, prepare
-from dpo.steps import Preferences, StepPlan
+from dpo.steps import Preferences, StepPlan, build_step
 from dpo.support import length_limit, refuse_data, refuse_dropout
+
+AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What --dtype asks for."""
 
 MOST_MERGED = 64
 """Pairs in one group of merged rows where there are no steps."""
@@ -61,7 +64,7 @@ def resolve_device(name: str) -> torch.device:
 def load_network(
     config: InputConfig, path: str, *, flag: str = "--model", dropout: bool = False, adapter: str | None = None
 ) -> Any:
-    """A causal LM in fp32 on the device, made ready for the layout.
+    """A causal LM on the device, made ready for the layout: in fp32 unless --param-dtype says otherwise.
 
     Args:
         path: a model, or the folder of an adapter, which names its base.
@@ -71,7 +74,9 @@ def load_network(
     if adapter is None and is_adapter(path):
         path, adapter, adapter_flag = base_of(path, flag), path, flag
     transformers_logging.disable_progress_bar()
-    model: Any = load_model(path, name=flag, trust_remote_code=config.trust_remote_code, keep_dropout=dropout)
+    dtype = torch.bfloat16 if isinstance(config, DataConfig) and config.param_dtype == "bf16" else torch.float32
+    remote = config.trust_remote_code
+    model: Any = load_model(path, dtype=dtype, name=flag, trust_remote_code=remote, keep_dropout=dropout)
     if dropout:
         refuse_dropout(model, config.layout)
     if adapter is not None:
@@ -88,7 +93,7 @@ def _make_ready(config: InputConfig, model: Any) -> Any:
 def check_kernels(config: InputConfig, model: Any) -> None:
     """Refuses a kernel backend that cannot run on the device, and a plan that cannot train the model's LM head."""
     device = resolve_device(config.device)
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    dtype = AUTOCAST[config.dtype] or torch.float32
     problem = triton_problem(device.type, (dtype,)) if config.kernel_backend == "triton" else None
     if problem:
         raise UserError(f"--kernel-backend triton: {problem}")
@@ -161,10 +166,10 @@ def load_data(
 
 def _most_merged(config: InputConfig) -> int:
     """Pairs in one group of merged rows: a step mixes four prompts or more, even where the data has few."""
-    return max(1, config.pairs_per_step // 4) if isinstance(config, TrainConfig) else MOST_MERGED
+    return max(1, config.pairs_per_step // 4) if isinstance(config, DataConfig) else MOST_MERGED
 
 
-def load_train_and_eval(config: TrainConfig, policy: Policy) -> tuple[PreferenceData, PreferenceData | None]:
+def load_train_and_eval(config: DataConfig, policy: Policy) -> tuple[PreferenceData, PreferenceData | None]:
     """Training data, and held-out data from --eval-data or --eval-fraction."""
     data = load_data(config, policy, config.data, config.data_split)
     if config.eval_data:
@@ -179,7 +184,7 @@ def objective_of(config: InputConfig) -> Objective:
     objective = Objective(
         beta=config.beta,
         top_k=config.ranking_top_k,
-        autocast=torch.bfloat16 if config.dtype == "bf16" else None,
+        autocast=AUTOCAST[config.dtype],
         head_plan=config.head_plan,
         workspace_bytes=None if config.head_workspace_mb is None else config.head_workspace_mb << 20,
         backend=None if config.kernel_backend == "auto" else config.kernel_backend,
@@ -193,18 +198,19 @@ def objective_of(config: InputConfig) -> Objective:
 def plan_of(config: InputConfig, model: Any = None) -> StepPlan:
     """How steps are drawn and packed, for a model whose rotary scaling may keep sequences apart."""
     limit = None if model is None else length_limit(model)
-    if not isinstance(config, TrainConfig):
-        return StepPlan(token_budget=config.token_budget, layout=config.layout, length_limit=limit)
-    return StepPlan(
-        pairs_per_step=config.pairs_per_step,
-        groups_per_step=config.groups_per_step,
-        reduction=config.reduction,
-        token_budget=config.token_budget,
-        layout=config.layout,
-        two_phase=config.two_phase or config.needs_whole_step,
-        seed=config.seed,
-        length_limit=limit,
-    )
+    plan = StepPlan(token_budget=config.token_budget, layout=config.layout, length_limit=limit)
+    if isinstance(config, DataConfig):
+        drawn = {"pairs_per_step": config.pairs_per_step, "groups_per_step": config.groups_per_step}
+        plan = replace(plan, **drawn, seed=config.seed)
+    if isinstance(config, TrainConfig):
+        plan = replace(plan, reduction=config.reduction, two_phase=config.two_phase or config.needs_whole_step)
+    return plan
+
+
+def check_budget(data: PreferenceData, plan: StepPlan) -> None:
+    """Raises UserError if some prompt with one completion exceeds the budget, long before its step comes."""
+    longest = max(range(len(data)), key=lambda i: data.lengths(i)[0] + max(data.lengths(i)[1]))
+    build_step(data, [longest], plan)
 
 
 def check_first_bin(config: InputConfig, model: Any, data: Preferences, groups: Sequence[int]) -> None:
@@ -221,8 +227,8 @@ def check_first_bin(config: InputConfig, model: Any, data: Preferences, groups: 
 
 def warn_about_schedule(config: TrainConfig, steps: int) -> None:
     """Says so where the defaults cannot work."""
-    if steps <= config.warmup_steps:
+    if steps <= config.warmup:
         notice(
-            f"--warmup-steps {config.warmup_steps}: the run has {steps} steps, "
+            f"--warmup-steps {config.warmup}: the run has {steps} steps, "
             f"so the learning rate never reaches {config.lr:g}"
         )

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dpo.errors import UserError
 
 _LOG = logging.getLogger("dpo")
+_BROKEN = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, EOFError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
+"""What the loaders of Transformers raise on files that are damaged, incomplete, or of another kind."""
 _DROPOUT = re.compile(r"(^|_)(dropout|drop|pdrop|layerdrop)(_|$)|dropout")
 
 
@@ -112,9 +120,22 @@ def _source(path: str, name: str) -> dict[str, Any]:
             if len(files) != 1:
                 raise UserError(f"{name} {path}: expected config.json or one .gguf file in the folder, found neither")
             return {"gguf_file": files[0].name}
+        _check_index(local, name)
     elif local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
         raise UserError(f"{name} {path}: expected a folder with a model, found no such folder")
     return {}
+
+
+def _check_index(folder: Path, name: str) -> None:
+    """Refuses an index of weights that leads out of the folder."""
+    for index in folder.glob("*.index.json"):
+        try:
+            files = {str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except _BROKEN as error:
+            raise UserError(f"{name} {index}: expected a weight_map of files, found: {error!r}") from error
+        for file in sorted(files):
+            if Path(file).name != file or file in ("", ".", ".."):
+                raise UserError(f"{name} {index}: expected names of files beside it, found {file!r}")
 
 
 def _load(function: Any, name: str, path: str, **options: Any) -> Any:
@@ -124,8 +145,12 @@ def _load(function: Any, name: str, path: str, **options: Any) -> Any:
     options.pop("subfolder", None)
     try:
         return function(source, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _BROKEN as error:
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise UserError(
+                f"{name} {path}: brings code of its own: read it, then allow it with --trust-remote-code"
+            ) from error
         raise UserError(f"{name} {path}: cannot be loaded: {reason[:300]}") from error
 
 

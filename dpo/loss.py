@@ -243,14 +243,20 @@ def _pairs_of_step(
     return out.loss, out.chosen_rewards, out.rejected_rewards
 
 
-def coupled_backward(model: Any, coupled: Coupled, first: CoupledLoss, objective: Objective) -> None:
-    """Second phase: forward and backward of every bin with dL/dlp_t fixed, and with the dropout of the first phase."""
+def coupled_backward(
+    model: Any, coupled: Coupled, first: CoupledLoss, objective: Objective, loss_scale: Tensor | float = 1.0
+) -> None:
+    """Second phase: forward and backward of every bin with dL/dlp_t fixed, and with the dropout of the first phase.
+
+    Args:
+        loss_scale: what gradients are multiplied by, for fp16.
+    """
     for b, g, state in zip(coupled.bins, first.token_grads, first.generators, strict=True):
         device = b.batch.input_ids.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
             logps = token_logps(model, b.batch, objective)
-        logps.backward(g.to(logps.dtype))
+        logps.backward((g * loss_scale).to(logps.dtype))
 
 
 def _generator(device: torch.device) -> Tensor:

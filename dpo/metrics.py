@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo.durable import write_text
 from dpo.packing import PackedBatch
 
 _SUMS = (
@@ -115,27 +117,37 @@ class JsonLines:
 
     def __init__(self, path: Path, before_step: int = 0) -> None:
         lines = read_json_lines(path) if path.exists() else []
-        self.kept = [line for line in lines if line["step"] < before_step]
-        self.file = path.open("w", encoding="utf-8")
-        for line in self.kept:
-            self.write(line)
+        self.kept = [line for line in lines if line.get("step", before_step) < before_step]
+        write_text(path, "".join(map(_line, self.kept)))
+        self.file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        # NaN is not JSON: a value that is not finite is written as null.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        self.file.write(_line(record))
         self.file.flush()
+
+    def sync(self) -> None:
+        """Waits until all lines are on the disk."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()
 
 
+def _line(record: dict[str, Any]) -> str:
+    # NaN is not JSON: a value that is not finite is written as null.
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl or eval.jsonl; a last line that a crash cut short is left out."""
+    """The records of a metrics.jsonl or eval.jsonl, up to a line that a crash cut short."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return records

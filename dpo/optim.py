@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
+
+from dpo.errors import UserError
+from dpo.precision import LossScale, Weights
 
 
 class RMSprop(Optimizer):
@@ -68,17 +73,81 @@ class RMSprop(Optimizer):
             )
 
 
-def build_optimizer(name: str, params: Iterable[Tensor], *, lr: float, weight_decay: float = 0.0) -> Optimizer:
-    """The optimizer of `--optimizer`; both take `grad_scale` and `found_inf`, which `apply_update` gives."""
-    if name == "rmsprop":
-        return RMSprop(params, lr=lr, weight_decay=weight_decay)
-    assert name == "adamw", name
-    return AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "rmsprop": RMSprop,
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "adamax": torch.optim.Adamax,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+    "adafactor": torch.optim.Adafactor,
+    "sgd": torch.optim.SGD,
+    "asgd": torch.optim.ASGD,
+    "rprop": torch.optim.Rprop,
+}
+"""The optimizers of `--optimizer`: ours and torch's, but for those that need a closure or sparse gradients."""
+_OURS = {"params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"}
 
 
-def warmup_then_constant(step: int, lr: float, warmup_steps: int) -> float:
-    """Learning rate of step 0, 1, ...: rises linearly over `warmup_steps`, then stays (the paper's Appendix B)."""
-    return lr * min(1.0, (step + 1) / (warmup_steps + 1))
+def build_optimizer(
+    name: str,
+    params: Iterable[Tensor],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+) -> Optimizer:
+    """The optimizer of `--optimizer`, fused into one pass where torch has that.
+
+    Args:
+        options: further arguments of it, such as betas or momentum.
+    Raises:
+        UserError: it has no such option, or refuses the value.
+    """
+    kind = OPTIMIZERS[name]
+    known = inspect.signature(kind.__init__).parameters
+    for option in options or {}:
+        if option not in known or option in _OURS | {"self"}:
+            free = ", ".join(sorted(known.keys() - _OURS - {"self"}))
+            raise UserError(f"--optimizer-options: expected options of {name} ({free}), found {option!r}")
+    if weight_decay and "weight_decay" not in known:
+        raise UserError(f"--weight-decay: expected an optimizer that has it, found {name}")
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in (options or {}).items()}
+    if "weight_decay" in known:
+        arguments["weight_decay"] = weight_decay
+    if "fused" in known:
+        arguments["fused"] = True
+    try:
+        return kind(params, lr=lr, **arguments)  # pyright: ignore[reportCallIssue]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--optimizer-options: {name}: {' '.join(str(error).split())}") from error
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step: a linear rise, then a shape.
+
+    paper, constant: stays (Appendix B; constant is meant without a rise). linear, cosine: falls, to `end` times the
+    peak, reached after the last step.
+    """
+
+    kind: str
+    lr: float
+    warmup_steps: int
+    total: int
+    end: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of step 0, 1, ..."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / (self.warmup_steps + 1)
+        if self.kind in ("paper", "constant"):
+            return self.lr
+        done = (step - self.warmup_steps) / max(self.total - self.warmup_steps, 1)
+        left = 1.0 - done if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.lr * (self.end + (1.0 - self.end) * left)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
@@ -94,22 +163,57 @@ class Update:
     grad_norm: Tensor
     skipped: Tensor
     """1.0 where loss or gradient were not finite and nothing was changed."""
+    overflow: Tensor
+    """1.0 where that came from the scale of an fp16 loss, which was lowered: no fault of data or model."""
+    loss_scale: Tensor | None = None
 
 
-def apply_update(optimizer: Optimizer, loss: Tensor, grad_clip: float) -> Update:
+def apply_update(
+    optimizer: Optimizer,
+    loss: Tensor,
+    grad_clip: float,
+    *,
+    weights: Weights | None = None,
+    loss_scale: LossScale | None = None,
+) -> Update:
     """Clips to the global norm, skips where anything is not finite, updates, and frees the gradients.
 
     Args:
-        loss: scalar; a loss that is not finite skips the update even if gradients are finite.
+        loss: scalar, not scaled; a loss that is not finite skips the update even if gradients are finite.
         grad_clip: largest global norm; 0 for no limit.
+        weights: what stands between parameters and optimizer. None: nothing, the optimizer holds the parameters.
+        loss_scale: what the loss was multiplied by before its backward.
     """
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if weights is None:
+        weights = Weights([p for group in optimizer.param_groups for p in group["params"]])
+    grads = weights.grads()
     norm = torch.nn.utils.get_total_norm(grads)
-    skipped = (~(torch.isfinite(norm) & torch.isfinite(loss.to(norm.device)))).to(torch.float32)
+    scale = torch.ones_like(norm) if loss_scale is None else loss_scale.scale.to(norm.dtype, copy=True)
+    norm = norm / scale
+    good_loss = torch.isfinite(loss.to(norm.device))
+    skipped = (~(torch.isfinite(norm) & good_loss)).to(torch.float32)
     over = norm / grad_clip if grad_clip > 0 else torch.ones_like(norm)
-    scale = torch.where(torch.isfinite(over), over.clamp(min=1.0), 1.0)
-    optimizer.grad_scale = scale.to(torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
-    optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
+    divisor = scale * torch.where(torch.isfinite(over), over.clamp(min=1.0), 1.0)
+    for _ in weights.chunks():
+        _step(optimizer, divisor.to(torch.float32), skipped)
+    if loss_scale is None:
+        return Update(norm, skipped, torch.zeros_like(skipped))
+    # at a scale of 1 there is nothing left to lower: then it is the model that overflows
+    overflow = skipped * good_loss * (scale > 1.0)
+    loss_scale.update(overflow)
+    return Update(norm, skipped, overflow, scale)
+
+
+def _step(optimizer: Optimizer, divisor: Tensor, skipped: Tensor) -> None:
+    """One step with all gradients divided by `divisor`, or none where `skipped` is 1.0."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale = divisor  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+        return
+    if skipped.item():  # host sync: these optimizers cannot be told on the device
+        return
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for grad in grads:
+        grad /= divisor
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return Update(norm, skipped)

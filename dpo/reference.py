@@ -3,22 +3,26 @@ by the policy without its adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dpo.adapters import as_reference, factors
 from dpo.loss import Objective, token_logps
-from dpo.steps import Bin, StepBatch
+from dpo.steps import Bin, Preferences, StepBatch
+from dpo.store import token_keys
 
 
-def freeze(model: Any, objective: Objective) -> Any:
-    """Makes a model of its own the reference: no gradients, no dropout, frozen weights stored in autocast's dtype."""
+def freeze(model: Any, objective: Objective, *, cast: bool = True) -> Any:
+    """Makes a model of its own the reference: no gradients, no dropout, frozen weights stored in autocast's dtype.
+
+    cast=False leaves all weights as they are: for a reference that moves, whose small steps would be rounded away.
+    """
     model.requires_grad_(False)
     model.eval()
-    return store_frozen(model, objective)
+    return store_frozen(model, objective) if cast else model
 
 
 def store_frozen(model: Any, objective: Objective) -> Any:
@@ -62,6 +66,54 @@ def no_reference(b: Bin) -> None:
     """For losses of the policy's log-probs alone."""
 
 
+class MovingReference(OnlineReference):
+    """A reference that follows the policy: every `every` updates, reference = mix * policy + (1 - mix) * reference.
+
+    TR-DPO (Gorbatovski et al. 2024, equations 3 and 4): mix < 1 is its soft update, mix = 1 its hard one.
+    """
+
+    def __init__(self, model: Any, objective: Objective, policy: Any, *, every: int, mix: float) -> None:
+        super().__init__(model, objective)
+        self.policy, self.every, self.mix = policy, every, mix
+
+    @torch.no_grad()
+    def after_update(self, done: int) -> None:
+        """Moves the reference where that is due after `done` updates."""
+        if done % self.every:
+            return
+        policy = dict(self.policy.named_parameters())
+        for name, held in self.model.named_parameters():
+            held.lerp_(policy[name].to(held.dtype), self.mix)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.model.named_parameters())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, held in self.model.named_parameters():
+                held.copy_(state[name])
+
+
+class Holder(Protocol):
+    """Where log-probs are kept: by key, in memory or on disk. `dpo.store.ReferenceStore` is one."""
+
+    def __contains__(self, key: Any, /) -> bool: ...
+    def __getitem__(self, key: Any, /) -> Tensor: ...
+    def put(self, key: Any, logps: Tensor, /) -> None: ...
+    def commit(self) -> None: ...
+    def flush(self) -> None: ...
+
+
+class InMemory(dict[Any, Tensor]):
+    """Log-probs that go with the process."""
+
+    def put(self, key: Any, logps: Tensor) -> None:
+        self.setdefault(key, logps)
+
+    def commit(self) -> None: ...
+    def flush(self) -> None: ...
+
+
 class CachedReference:
     """Per-token log-probs of every completion, kept on the host in fp32 and looked up by group and completion.
 
@@ -69,8 +121,27 @@ class CachedReference:
     first epoch's margins are exactly zero.
     """
 
-    def __init__(self) -> None:
-        self._logps: dict[tuple[int, int], Tensor] = {}
+    def __init__(self, held: Holder | None = None, data: Preferences | None = None) -> None:
+        """In memory; or, given both, in `held` under keys of the tokens of `data`."""
+        self._held = InMemory() if held is None else held
+        self._data = data
+        self._keys: dict[int, list[bytes]] = {}
+
+    def _key(self, group: int, completion: int) -> Any:
+        if self._data is None:
+            return group, completion
+        if group not in self._keys:
+            self._keys[group] = token_keys(self._data[group])
+        return self._keys[group][completion]
+
+    def _of(self, b: Bin) -> list[Any]:
+        return [self._key(group, c) for group, completions in b.members for c in completions]
+
+    def holds(self, groups: Sequence[int]) -> bool:
+        """Whether every completion of these groups of the data is there."""
+        assert self._data is not None
+        keys = (self._key(g, c) for g in groups for c in range(len(self._data[g].completions)))
+        return all(key in self._held for key in keys)
 
     def fill(
         self,
@@ -86,23 +157,28 @@ class CachedReference:
             advance: called after each step, for progress.
         """
         online = OnlineReference(model, objective)
-        for step in steps:
-            for b in step.all_bins:
-                keys = [(group, c) for group, completions in b.members for c in completions]
-                if all(key in self._logps for key in keys):
-                    continue
-                logps = online(b.to(device)).cpu()
-                self._logps.update(zip(keys, logps.split(b.batch.completion_lengths.tolist()), strict=True))
-            advance(step)
+        try:
+            for step in steps:
+                for b in step.all_bins:
+                    keys = self._of(b)
+                    if all(key in self._held for key in keys):
+                        continue
+                    logps = online(b.to(device)).cpu()
+                    for key, part in zip(keys, logps.split(b.batch.completion_lengths.tolist()), strict=True):
+                        self._held.put(key, part)
+                self._held.commit()
+                advance(step)
+        finally:
+            self._held.flush()
 
     def total(self, group: int, completion: int, *, minus: CachedReference | None = None) -> float:
         """Sum over one completion's tokens, in float64; of the difference to another model's log-probs where given."""
-        logps = self._logps[group, completion].double()
+        logps = self._held[self._key(group, completion)].double()
         if minus is not None:
-            logps = logps - minus._logps[group, completion].double()
+            logps = logps - minus._held[minus._key(group, completion)].double()
         return logps.sum().item()
 
     def __call__(self, b: Bin) -> Tensor:
         """Per-token log-probs [N] of the bin, on the bin's device."""
-        held = [self._logps[group, c] for group, completions in b.members for c in completions]
+        held = [self._held[key] for key in self._of(b)]
         return torch.cat(held).to(b.batch.input_ids.device, non_blocking=True)

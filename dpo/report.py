@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 
 from dpo.charts import Series, histogram, lines, number, scatter
-from dpo.checkpoint import write_text
 from dpo.config import ReportConfig, TrainConfig, defaults_of
 from dpo.console import say
 from dpo.curves import smooth
+from dpo.durable import write_text
 from dpo.errors import UserError
 from dpo.metrics import read_json_lines
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dpo.checkpoint import writing
 from dpo.console import Bar, brief, notice, say
 from dpo.engine import StepResult
 from dpo.errors import UserError
@@ -24,8 +25,10 @@ class RunLog:
     """
 
     def __init__(self, run: Path, *, start: int, max_skipped: int, watch: Watch) -> None:
-        self.metrics = JsonLines(run / "metrics.jsonl", before_step=start)
-        self.eval = JsonLines(run / "eval.jsonl", before_step=start + 1)
+        self.run = run
+        with writing(run):
+            self.metrics = JsonLines(run / "metrics.jsonl", before_step=start)
+            self.eval = JsonLines(run / "eval.jsonl", before_step=start + 1)
         self.evals: list[dict[str, Any]] = list(self.eval.kept)
         self.watch = watch
         watch.resume(self.metrics.kept)
@@ -55,7 +58,9 @@ class RunLog:
     def _write(self, bar: Bar, step: StepBatch, result: StepResult, update: Update, host: dict[str, float]) -> None:
         # host sync: the only one of a step, and it waits for the step before the one that runs
         means = result.sums.read()
-        norm, skipped = torch.stack([update.grad_norm.double(), update.skipped.double()]).tolist()
+        scale = update.overflow if update.loss_scale is None else update.loss_scale
+        numbers = (update.grad_norm, update.skipped, update.overflow, scale)
+        norm, skipped, overflow, scale = torch.stack([number.double() for number in numbers]).tolist()
         seconds = host["step_seconds"]
         record = {"step": step.index, "epoch": step.epoch, **means, "grad_norm": norm, **host} | {
             "pairs_per_second": step.num_pairs / seconds,
@@ -65,9 +70,15 @@ class RunLog:
             "fill": step.fill,
             "skipped": bool(skipped),
         }
-        self.metrics.write(record)
+        if update.loss_scale is not None:
+            record["loss_scale"] = scale
+        with writing(self.run):
+            self.metrics.write(record)
         bar.advance(pairs=step.num_pairs, tokens=step.num_tokens, info=brief(record))
         self.watch.step(record)
+        if overflow:
+            notice(f"step {step.index}: fp16 gradients overflowed at a loss scale of {scale:g}, which is halved")
+            return
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if skipped:
             notice(f"step {step.index}: loss or gradient not finite, update skipped ({_suspects(result)})")
@@ -80,10 +91,29 @@ class RunLog:
     def evaluated(self, done: int, means: dict[str, float]) -> None:
         """Writes the evaluation after `done` updates."""
         record = {"step": done, **means}
-        self.eval.write(record)
+        with writing(self.run):
+            self.eval.write(record)
         self.evals.append(record)
         self.watch.evaluated(record)
         say(f"held out after {done} steps: {brief(means)}")
+
+    def has_evaluated(self, done: int) -> bool:
+        """Whether the evaluation after `done` updates is written."""
+        return any(record["step"] == done for record in self.evals)
+
+    def sync(self) -> None:
+        """Waits until all records written so far are on the disk."""
+        with writing(self.run):
+            self.metrics.sync()
+            self.eval.sync()
+            self.watch.sync()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on with; the records are in the files."""
+        return {"skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped_in_a_row = state["skipped_in_a_row"]
 
     def close(self) -> None:
         self.metrics.close()

@@ -14,9 +14,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from dpo.packing import Group, Layout, PackedBatch, group_cost, pack, plan_groups, ranking_table, split_group
+from dpo.rng import seed_all
 
 Reduction = Literal["pairs", "prompts"]
 
@@ -312,6 +313,8 @@ class StepDataset(Dataset[StepBatch]):
         return uses
 
     def __getitem__(self, index: int) -> StepBatch:
+        if get_worker_info() is not None:
+            seed_all(self.plan.seed, index)  # what a worker draws depends on the step, not on the worker
         epoch, groups = self.steps[index]
         return build_step(self.data, groups, self.plan, index=index, epoch=epoch)
 

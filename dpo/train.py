@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,18 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from dpo.adapters import adapter_of, as_reference
-from dpo.checkpoint import find_run, load_state, save_checkpoint, save_model, start_run
+from dpo.best import BestEvaluation
+from dpo.checkpoint import (
+    Stateful,
+    find_run,
+    finish_run,
+    finished_steps,
+    load_checkpoint,
+    open_run,
+    save_checkpoint,
+    save_model,
+    writing,
+)
 from dpo.config import TrainConfig
 from dpo.console import Bar, say, table
 from dpo.cpu import keep_freed_memory
@@ -25,6 +35,7 @@ from dpo.facts import write_facts
 from dpo.hub import check_push, push, write_card
 from dpo.inputs import (
     Policy,
+    check_budget,
     check_first_bin,
     load_network,
     load_policy,
@@ -33,14 +44,18 @@ from dpo.inputs import (
     plan_of,
     warn_about_schedule,
 )
-from dpo.loss import Objective, RefLogps
-from dpo.optim import apply_update, build_optimizer, set_lr, warmup_then_constant
-from dpo.reference import AdapterOffReference, CachedReference, OnlineReference, freeze, no_reference, store_frozen
+from dpo.interrupt import Interrupted, StopSignal
+from dpo.loss import Objective
+from dpo.metrics import read_json_lines
+from dpo.reference import store_frozen
+from dpo.refsetup import References, ReferenceSource, set_up_references
+from dpo.rng import random_state, restore_random_state, seed_all
 from dpo.runlog import NotFinite, RunLog
-from dpo.sampler import ReferenceModel, Sampler
+from dpo.sampler import Sampler
 from dpo.samples import plan_samples
 from dpo.steps import StepBatch, StepDataset, eval_steps
 from dpo.trackers import chosen_trackers
+from dpo.updater import Updater
 from dpo.watch import Watch
 
 
@@ -58,10 +73,11 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises:
         UserError: something in the configuration, the data or the model cannot work; nothing was written over.
+        Stopped: a signal asked for it; there is a checkpoint to go on from.
     """
     keep_freed_memory()
     checkpoint = find_run(config)
-    torch.manual_seed(config.seed)
+    seed_all(config.seed)
     chosen_trackers(config)
     check_push(config)
     policy = load_policy(config, str(checkpoint / "model") if checkpoint else None, dropout=config.dropout)
@@ -73,6 +89,9 @@ def train(config: TrainConfig) -> TrainResult:
     samples = None
     if config.sample_prompts and eval_data is not None:
         samples = plan_samples(config, policy.tokenizer, model, eval_data)
+    if config.resume != "never" and finished_steps(Path(config.output)) == len(steps):
+        return _as_finished(config)
+    check_budget(data, plan)
     if checkpoint is None:
         warn_about_schedule(config, len(steps))
         check_first_bin(config, model, data, steps.steps[0][1])
@@ -80,53 +99,149 @@ def train(config: TrainConfig) -> TrainResult:
         store_frozen(model, objective)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
-    optimizer = build_optimizer(
-        config.optimizer,
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-    )
-    parts: dict[str, Any] = {"optimizer": optimizer}
-    if objective.baseline is not None:
-        parts["baseline"] = objective.baseline
-    start = load_state(checkpoint, parts) if checkpoint else 0
-    ref_logps, eval_ref_logps = _references(config, policy, objective, steps, evals, start)
+    updater = Updater(config, model, len(steps))
+    state = load_checkpoint(checkpoint) if checkpoint else None
+    start = state["step"] if state else 0
+    source = ReferenceSource(config, policy, objective, untrained=start == 0)
+    known, make_ready = set_up_references(source, data, eval_data, evals)
 
-    run = start_run(config)
-    write_facts(run, policy, data, eval_data)
-    watch = Watch(run, config, start=start)
-    if eval_data is not None:
-        watch.pairs = EvalPairs(eval_data, eval_ref_logps, config.beta)
-    if samples is not None:
-        lend = _reference_lender(config, policy, objective, eval_ref_logps)
-        watch.sampler = Sampler(run, samples, policy, lend, objective, start=start)
-    log = RunLog(run, start=start, max_skipped=config.max_skipped, watch=watch)
-    started = time.perf_counter()
-    with Bar("train", len(steps), done=start, log_every=config.log_every) as bar:
-        if start == 0:
-            _evaluate(log, bar, policy, evals, eval_ref_logps, objective, 0)
-        model.train()
-        for step in _loader(config, steps, start, device):
-            done = step.index + 1
-            lr = warmup_then_constant(step.index, config.lr, config.warmup_steps)
-            set_lr(optimizer, lr)
-            result = forward_backward(model, step.to(device), ref_logps, objective)
-            update = apply_update(optimizer, result.sums.loss, config.grad_clip)
-            try:
-                log.push(bar, step, result, update, lr)
-            except NotFinite:
-                save_checkpoint(run, done, model, policy.tokenizer, parts, config.keep_checkpoints)
-                raise
-            if done == len(steps) or _due(config.eval_every, done):
-                _evaluate(log, bar, policy, evals, eval_ref_logps, objective, done)
-            if done < len(steps) and _due(config.save_every, done):
-                log.flush(bar)
-                save_checkpoint(run, done, model, policy.tokenizer, parts, config.keep_checkpoints)
-            log.restart_clock()
-        log.flush(bar)
-    log.close()
-    _finish(log, bar, policy, config, time.perf_counter() - started)
+    with open_run(config, checkpoint) as run, StopSignal() as stop:
+        write_facts(run, policy, data, eval_data)
+        references = make_ready(steps, stop)
+        watch = Watch(run, config, start=start)
+        if eval_data is not None:
+            watch.pairs = EvalPairs(eval_data, references.eval, config.beta)
+        if samples is not None:
+            watch.sampler = Sampler(run, samples, policy, source.lend, objective, start=start)
+        log = RunLog(run, start=start, max_skipped=config.max_skipped, watch=watch)
+        best = BestEvaluation(config.best_metric, config.early_stop)
+        parts: dict[str, Stateful] = {**updater.parts, "log": log, "best": best}
+        if objective.baseline is not None:
+            parts["baseline"] = objective.baseline
+        if references.moving is not None:
+            parts["reference"] = references.moving
+        identity: dict[str, Any] = {"data": data.digest(), "reference": known}
+        if config.schedule in ("linear", "cosine"):
+            identity["number of steps"] = len(steps)
+        session = Session(config, policy, objective, updater, parts, log, best, stop, references, identity, start)
+        if state is not None:
+            session.restore(checkpoint, state)
+        started = time.perf_counter()
+        with Bar("train", len(steps), done=start, log_every=config.log_every) as bar:
+            session.between_steps(bar, start, len(steps), evals)
+            model.train()
+            for step in _loader(config, steps, start, device):
+                if best.stop:
+                    break
+                session.step(bar, step.to(device))
+                session.between_steps(bar, step.index + 1, len(steps), evals)
+        log.close()
+        _finish(session, bar, time.perf_counter() - started)
+        finish_run(run, len(steps))
     return TrainResult(run, policy, log.evals)
+
+
+@dataclass
+class Session:
+    """A run under way: a step, and what happens between two of them."""
+
+    config: TrainConfig
+    policy: Policy
+    objective: Objective
+    updater: Updater
+    parts: dict[str, Stateful]
+    """Everything whose state goes into a checkpoint, by name."""
+    log: RunLog
+    best: BestEvaluation
+    stop: StopSignal
+    references: References
+    identity: dict[str, Any]
+    """What a checkpoint and its continuation must have in common, besides the settings."""
+    saved: int
+    """The step of the newest checkpoint."""
+
+    def step(self, bar: Bar, step: StepBatch) -> None:
+        """One update."""
+        scale = self.updater.loss_scale
+        result = forward_backward(self.policy.model, step, self.references.train, self.objective, scale)
+        update, lr = self.updater(step.index, result.sums.loss)
+        if self.references.moving is not None:
+            self.references.moving.after_update(step.index + 1)
+        with self._saving(step.index + 1):
+            self.log.push(bar, step, result, update, lr)
+
+    def between_steps(self, bar: Bar, done: int, total: int, evals: Sequence[StepBatch]) -> None:
+        """After `done` updates: evaluates and saves where that is due, and ends the run where a signal asks for it."""
+        better = False
+        if evals and not self.log.has_evaluated(done) and (done in (0, total) or _due(self.config.eval_every, done)):
+            with suppress(Interrupted):  # the run that goes on from here evaluates
+                better = self._evaluate(bar, done, evals)
+        stopped = self.stop.received is not None
+        due = done < total and (better or _due(self.config.save_every, done))
+        if done > self.saved and (stopped or due or done == total):
+            with self._saving(done):
+                self.log.flush(bar)
+            if stopped or due:
+                self.save(done)
+        self.stop.check(f"checkpoint of step {self.saved} saved" if self.saved else "no step was done yet")
+        self.log.restart_clock()
+
+    def _evaluate(self, bar: Bar, done: int, evals: Sequence[StepBatch]) -> bool:
+        with self._saving(done):
+            self.log.flush(bar)
+        steps = self.stop.watch(evals)
+        with self.updater.averaged():
+            model, device, see = self.policy.model, self.policy.device, self.log.watch.see
+            means = evaluate(model, steps, self.references.eval, self.objective, device, see)
+            means |= self.log.watch.sample(done)
+        self.log.evaluated(done, means)
+        return self.best.take(done, means)
+
+    @contextmanager
+    def _saving(self, done: int) -> Iterator[None]:
+        """Saves the last good weights before the run stops for updates that were not finite."""
+        try:
+            yield
+        except NotFinite:
+            self.save(done)
+            raise
+
+    def save(self, done: int) -> None:
+        """Writes the checkpoint after `done` updates."""
+        self.log.sync()
+        state = {
+            "identity": self.identity,
+            "random": random_state(),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+        save_checkpoint(
+            Path(self.config.output),
+            done,
+            self.policy.model,
+            self.policy.tokenizer,
+            state,
+            keep=self.config.keep_checkpoints,
+            best=self.best.step,
+        )
+        self.saved = done
+
+    def take_weights(self, checkpoint: Path) -> None:
+        """Takes over a checkpoint's weights, and nothing else of it."""
+        weights = load_network(self.config, str(checkpoint / "model"))
+        self.policy.model.load_state_dict(weights.state_dict())
+        if self.updater.average is not None:
+            self.updater.average.load_state_dict(load_checkpoint(checkpoint)["parts"]["average"])
+
+    def restore(self, checkpoint: Path | None, state: dict[str, Any]) -> None:
+        """Takes over a checkpoint's state, generators last: nothing may draw between here and the next step."""
+        for name, value in self.identity.items():
+            if state["identity"].get(name) != value:
+                raise UserError(f"--resume: expected the same {name} as at {checkpoint}, found another")
+        for name, part in self.parts.items():
+            if name not in state["parts"]:
+                raise UserError(f"--resume: expected {checkpoint} to hold the state of {name}, found none")
+            part.load_state_dict(state["parts"][name])
+        restore_random_state(state["random"])
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -143,95 +258,53 @@ def _loader(config: TrainConfig, steps: StepDataset, start: int, device: torch.d
     workers = config.data_workers
     if workers is None:
         workers = 2 if device.type == "cuda" else 0
-    order = range(start, len(steps))
-    return iter(
-        DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, pin_memory=device.type == "cuda")
+    # a generator of its own: an iterator of torch's draws from the run's otherwise
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(start, len(steps)),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
     )
+    return iter(loader)
 
 
-def _references(
-    config: TrainConfig,
-    policy: Policy,
-    objective: Objective,
-    steps: StepDataset,
-    evals: Sequence[StepBatch],
-    start: int,
-) -> tuple[RefLogps, RefLogps]:
-    """The reference for training and for evaluation: the policy while it is untrained, else a model of its own."""
-    if config.reference == "none":
-        return no_reference, no_reference
-    # a policy with an adapter carries its reference within: the adapter's absence, or its frozen copy
-    carried = start == 0 or adapter_of(policy.model) is not None
-    model = policy.model
-    if config.reference == "online" or config.reference_model is not None or not carried:
-        adapter = config.adapter if config.reference_model is None else None
-        path = config.reference_model or config.model
-        model = load_network(config, path, flag="--reference-model", adapter=adapter)
-        if model.get_output_embeddings().weight.shape[0] != policy.model.get_output_embeddings().weight.shape[0]:
-            raise UserError("--reference-model: expected the policy's vocabulary, found one of another size")
-        freeze(model, objective)
-    model.eval()
-    if config.reference != "cached":
-        online = (OnlineReference if config.reference == "online" else AdapterOffReference)(model, objective)
-        return online, online
-    cached, eval_cached = CachedReference(), CachedReference()
-    needed = steps.first_uses(start)
-    with Bar("reference", len(needed) + len(evals), log_every=config.log_every) as bar:
-
-        def advance(step: StepBatch) -> None:
-            bar.advance(pairs=step.num_pairs, tokens=step.num_tokens)
-
-        with as_reference(model):
-            cached.fill(model, (steps[i] for i in needed), objective, policy.device, advance)
-            eval_cached.fill(model, evals, objective, policy.device, advance)
-    return cached, eval_cached
-
-
-def _reference_lender(config: TrainConfig, policy: Policy, objective: Objective, ref_logps: RefLogps) -> ReferenceModel:
-    """Lends the reference as a model: the one in memory, or else loaded for as long as it is lent."""
-
-    @contextmanager
-    def lend(done: int) -> Iterator[Any]:
-        if isinstance(ref_logps, OnlineReference):
-            yield ref_logps.model
-        elif done == 0 and config.reference_model is None:
-            yield policy.model
-        else:
-            model = load_network(config, config.reference_model or config.model, flag="--reference-model")
-            yield freeze(model, objective)
-
-    return lend
-
-
-def _evaluate(
-    log: RunLog,
-    bar: Bar,
-    policy: Policy,
-    evals: Sequence[StepBatch],
-    ref_logps: RefLogps,
-    objective: Objective,
-    done: int,
-) -> None:
-    if evals:
-        log.flush(bar)
-        means = evaluate(policy.model, evals, ref_logps, objective, policy.device, log.watch.see)
-        log.evaluated(done, means | log.watch.sample(done))
-
-
-def _finish(log: RunLog, bar: Bar, policy: Policy, config: TrainConfig, seconds: float) -> None:
+def _as_finished(config: TrainConfig) -> TrainResult:
+    """What a run that ended before left."""
     run = Path(config.output)
-    save_model(run / "model", policy.model, policy.tokenizer)
-    draw_curves(run)
-    write_card(run)
-    if log.evals:
-        names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
-        names += ("chosen_logps_per_token", "rejected_logps_per_token")
-        first, last = log.evals[0], log.evals[-1]
-        rows = [(name.replace("_", " "), float(first[name]), float(last[name])) for name in names]
-        table(
-            f"held out, {last['pairs']} pairs",
-            ("", f"after {first['step']} steps", f"after {last['step']} steps"),
-            rows,
-        )
-    say(f"{bar.total} steps in {seconds:.0f} s; run folder {run}: model/, metrics.jsonl, eval.jsonl, curves.png")
+    say(f"{run}: the run is finished already")
+    return TrainResult(run, load_policy(config, str(run / "model")), read_json_lines(run / "eval.jsonl"))
+
+
+def _finish(session: Session, bar: Bar, seconds: float) -> None:
+    policy, config, log, best = session.policy, session.config, session.log, session.best
+    run = Path(config.output)
+    if best.step is not None:
+        if log.evals and best.step != log.evals[-1]["step"]:
+            session.take_weights(run / "checkpoints" / f"step-{best.step}")
+        say(f"best held-out {best.metric} {best.value:.4f} after {best.step} steps: model/ is that one")
+    if session.updater.average is not None:
+        session.updater.average.apply()
+    with writing(run):
+        save_model(run / "model", policy.model, policy.tokenizer)
+        draw_curves(run)
+        write_card(run)
+    _summary(log)
+    say(f"{bar.done} steps in {seconds:.0f} s; run folder {run}: model/, metrics.jsonl, eval.jsonl, curves.png")
     push(config, run)
+
+
+def _summary(log: RunLog) -> None:
+    """Prints the first and the last evaluation."""
+    if not log.evals:
+        return
+    names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
+    names += ("chosen_logps_per_token", "rejected_logps_per_token")
+    first, last = log.evals[0], log.evals[-1]
+    rows = [(name.replace("_", " "), float(first[name]), float(last[name])) for name in names]
+    table(
+        f"held out, {last['pairs']} pairs",
+        ("", f"after {first['step']} steps", f"after {last['step']} steps"),
+        rows,
+    )

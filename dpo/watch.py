@@ -68,6 +68,12 @@ class Watch:
             tracker.text(done, "samples", shown)
         return found
 
+    def sync(self) -> None:
+        """Waits until all records written so far are on the disk."""
+        self.warnings.sync()
+        if self.sampler is not None:
+            self.sampler.file.sync()
+
     def close(self) -> None:
         self.warnings.close()
         if self.sampler is not None:

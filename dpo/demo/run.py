@@ -20,13 +20,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from dpo.checkpoint import save_model, write_text
+from dpo.checkpoint import save_model
 from dpo.config import DemoConfig, ScoreConfig, TrainConfig
 from dpo.console import console, say, table
 from dpo.data import load_preferences
 from dpo.demo.figure import draw
 from dpo.demo.model import build_model, train_tokenizer, warm_up
 from dpo.demo.samples import WordJudge, generate
+from dpo.durable import write_text
 from dpo.errors import UserError
 from dpo.load import eos_token_ids
 from dpo.score import score
@@ -122,6 +123,7 @@ def train_config(config: DemoConfig) -> TrainConfig:
         data=str(output / "train.jsonl"),
         eval_data=str(output / "heldout.jsonl"),
         output=str(output / "run"),
+        reference_cache=str(output / "references"),
         beta=0.5,
         lr=3e-4,
         warmup_steps=10,

@@ -215,7 +215,7 @@ for flag, value in [
     _flags(f"{flag} {value}", flag, value)
 _flags("a flag that is not known", "--no-such-flag")
 _flags("a value too many", "--beta", "0.1", "0.2")
-_flags("--resume with --overwrite", "--resume", "--overwrite")
+_flags("--resume with --overwrite", "--resume", "auto", "--overwrite")
 _flags("--hub-private alone", "--hub-private")
 _flags("--log-to none with another", "--log-to", "none", "wandb")
 case("flag", "train", "no --model")(lambda here, toy: ["train", "--data", str(toy / "pairs.jsonl")])
@@ -443,7 +443,7 @@ _tokenizer("more tokens than the model has", _too_many_tokens)
 
 
 def _resume_words(here: Path, toy: Path, *flags: str) -> list[str]:
-    words = train_words(here, toy, "--max-steps", "3", "--save-every", "1", "--epochs", "9", "--resume")
+    words = train_words(here, toy, "--max-steps", "3", "--save-every", "1", "--epochs", "9", "--resume", "auto")
     return [*words, *flags]
 
 
@@ -460,16 +460,16 @@ def _checkpoint(what: str, spoil: Callable[[Path], None], *flags: str) -> None:
 
 
 def _cut_state(folder: Path) -> None:
-    path = folder / "state.pt"
+    path = folder / "state.safetensors"
     path.write_bytes(path.read_bytes()[:500])
 
 
 def _pickle_state(folder: Path) -> None:
-    (folder / "state.pt").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    (folder / "state.safetensors").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
 
 
 _checkpoint("state that is cut short", _cut_state)
-_checkpoint("state that is gone", lambda folder: (folder / "state.pt").unlink())
+_checkpoint("state that is gone", lambda folder: (folder / "state.safetensors").unlink())
 _checkpoint("state that is a pickle that runs code", _pickle_state)
 _checkpoint("a model that is gone", lambda folder: shutil.rmtree(folder / "model"))
 _checkpoint(

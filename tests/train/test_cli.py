@@ -132,7 +132,7 @@ def test_a_resumed_run_ends_with_the_same_weights(toy, tmp_path, plain):
     shutil.copytree(plain[0], run)
     shutil.rmtree(run / "model")
     flags = "--eval-data", str(toy / "held_out.jsonl"), "--eval-every", "2", "--save-every", "2"
-    metrics = train(toy, run, *flags, "--resume")
+    metrics = train(toy, run, *flags, "--resume", "auto")
     assert [r["step"] for r in metrics] == [0, 1, 2, 3]
     assert [r["loss"] for r in metrics] == [r["loss"] for r in plain[1]]
     assert [r["step"] for r in read_json_lines(run / "eval.jsonl")] == [0, 2, 4]
@@ -144,9 +144,8 @@ def test_resume_refuses_another_objective(toy, tmp_path, plain, capsys):
     run = tmp_path / "resumed"
     shutil.copytree(plain[0], run)
     words = ["train", "--model", str(toy / "model"), "--data", str(toy / "pairs.jsonl"), "--output", str(run)]
-    error = fails(
-        capsys, *words, "--pairs-per-step", "6", "--lr", "1e-3", "--warmup-steps", "2", "--resume", "--beta", "0.3"
-    )
+    same = "--pairs-per-step", "6", "--lr", "1e-3", "--warmup-steps", "2"
+    error = fails(capsys, *words, *same, "--resume", "auto", "--beta", "0.3")
     assert "--beta: expected 0.1 as in the run to resume, found 0.3" in error
 
 
@@ -181,7 +180,7 @@ def test_flags_win_over_the_config_file(toy, tmp_path):
         (("--eval-data", "x.jsonl", "--eval-fraction", "0.1"), "--eval-fraction: expected no --eval-data"),
         (("--token-budget", "5"), "--token-budget 5"),
         (("--device", "toaster"), "--device: expected"),
-        (("--resume", "--overwrite"), "--resume"),
+        (("--resume", "auto", "--overwrite"), "--resume"),
         (("--kernel-backend", "triton"), "--kernel-backend triton: "),
         (("--head-plan", "frozen"), "--head-plan frozen: expected"),
         (("--no-such-flag",), "no-such-flag"),

@@ -189,7 +189,7 @@ def test_a_resumed_run_ends_with_the_same_adapter(toy, adapter, tmp_path, start,
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-RESUME = ("--resume",)
+RESUME = ("--resume", "auto")
 
 
 def test_the_reference_has_no_dropout_and_the_policy_has(toy, adapter, tmp_path):

@@ -116,7 +116,7 @@ def test_bco_resumes_with_its_baseline(toy, tmp_path):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-RESUME = ("--resume",)
+RESUME = ("--resume", "auto")
 
 
 def test_the_running_baseline():

@@ -57,7 +57,7 @@ def test_a_run_that_goes_on_does_not_repeat_itself(toy, tmp_path, capsys):
     before = read_json_lines(run / "warnings.jsonl")
     assert [warning["sign"] for warning in before] == ["length bias"]
     capsys.readouterr()
-    train(toy, data, run, *flags, "--resume")
+    train(toy, data, run, *flags, "--resume", "auto")
     assert read_json_lines(run / "warnings.jsonl") == before
     assert "rewards go with length" not in capsys.readouterr().out
 

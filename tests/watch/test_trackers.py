@@ -76,7 +76,7 @@ def test_a_service_gets_every_record_once_in_order(toy, tmp_path, monkeypatch, n
                 assert sent[record["step"]][f"{kind}/{key}"] == record[key]
     assert [values["eval/margins"][0] for _, values in service.logged if "eval/margins" in values] == ["histogram"] * 2
     assert service.finished == 1
-    go(toy, run, "--log-to", name, "--save-every", "1", "--beta", "0.2", "--resume")
+    go(toy, run, "--log-to", name, "--save-every", "1", "--beta", "0.2", "--resume", "auto")
     again = service.started[1]
     assert (again["name"], again.get("id")) == (started["name"], started.get("id"))
 
@@ -139,7 +139,7 @@ def test_a_tensorboard_that_goes_on_has_every_step_once(toy, tmp_path):
     )
 
     run = go(toy, tmp_path / "run", "--max-steps", "4", "--save-every", "2", "--epochs", "9")
-    go(toy, run, "--max-steps", "4", "--save-every", "2", "--epochs", "9", "--resume")
+    go(toy, run, "--max-steps", "4", "--save-every", "2", "--epochs", "9", "--resume", "auto")
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
