@@ -9,7 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from dpo_kernels import dpo_loss_from_logits, linear_token_logps, pair_loss, ranking_loss, reference, token_logps
+from dpo_kernels import (
+    LOSSES,
+    PairCall,
+    dpo_loss_from_logits,
+    linear_token_logps,
+    pair_loss,
+    ranking_loss,
+    reference,
+    token_logps,
+)
 from torch import Tensor
 
 
@@ -111,6 +120,40 @@ def check_losses(sizes: Sizes, device: str) -> list[Check]:
     return found
 
 
+def check_every_loss(device: str) -> list[Check]:
+    """Every loss of the table in the pair kernel and, with lengths and log-probs apart, in the fused one."""
+    found = []
+    policy, ref = torch.linspace(-30.0, -3.0, 4), torch.tensor([-28.0, -25.0, -9.0, -4.0])
+    lengths, index = torch.tensor([9, 4, 12, 6]), (torch.tensor([0, 2, 0]), torch.tensor([1, 3, 3]))
+    maker = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(20, 33, generator=maker), torch.randint(0, 33, (20,), generator=maker)
+    for loss in (*LOSSES, "sigmoid:1,sft:0.5"):
+        call = PairCall.check(loss, 0.1, "mean")
+        if not call.in_kernel:
+            continue
+
+        def pair(x: Tensor, backend: str, place: str, loss: str = loss, call: PairCall = call) -> Tensor:
+            base = ref.to(place, x.dtype) if call.reference else None
+            counts = lengths.to(place) if call.lengths else None
+            w, lo = (part.to(place) for part in index)
+            return pair_loss(x, base, w, lo, loss=loss, lengths=counts, backend=backend).loss
+
+        def fused(x: Tensor, backend: str, place: str, loss: str = loss, call: PairCall = call) -> Tensor:
+            base = torch.full((20,), -3.0, device=place, dtype=x.dtype) if call.reference else None
+            t, ids, w, lo = (part.to(place) for part in (targets, torch.arange(20) % 4, *index))
+            return dpo_loss_from_logits(x, t, ids, base, w, lo, num_completions=4, loss=loss, backend=backend).loss
+
+        for name, function, leaf in (("pair_loss", pair, policy), ("dpo_loss_from_logits", fused, logits)):
+            truth, slope = _gradient(lambda x, f=function: f(x, "torch", "cpu"), leaf.double(), torch.ones(()))
+            ours, grad = _gradient(
+                lambda x, f=function: f(x, "triton", device), leaf.to(device), torch.ones((), device=device)
+            )
+            most = 2e-6 * max(1.0, truth.abs().item()), 2e-6 * max(1.0, slope.abs().max().item())
+            found.append(Check(f"{name} {loss}", (ours.cpu() - truth).abs().item(), most[0]))
+            found.append(Check(f"{name} {loss} gradient", (grad.cpu() - slope).abs().max().item(), most[1]))
+    return found
+
+
 def check_head(sizes: Sizes, device: str) -> list[Check]:
     """Every plan of the LM head, fp32 and bf16, against float64."""
     n, width, vocabulary = sizes.head
@@ -198,5 +241,5 @@ def check_cuda_only(sizes: Sizes) -> list[Check]:
 
 def run_checks(sizes: Sizes, device: str) -> list[Check]:
     found = [*check_logps(sizes, device), *check_losses(sizes, device), *check_head(sizes, device)]
-    found += check_repeats(sizes, device)
+    found += [*check_every_loss(device), *check_repeats(sizes, device)]
     return found + (check_cuda_only(sizes) if device == "cuda" else [])

@@ -140,3 +140,13 @@ def test_what_is_not_in_the_kernel_still_takes_its_log_probs_from_one(options):
 def test_every_loss_is_tried():
     assert {part.split(":")[0] for loss, _ in IN_KERNEL for part in loss.split(",")} == set(KERNEL_IDS)
     assert len(LOSSES) == len(KERNEL_IDS) + 2
+
+
+def test_a_saturated_loss_stays_flat():
+    """Where f' overflows the margin is settled and the gradient 0, not NaN."""
+    policy = leaf(torch.tensor([-1.0, -2001.0]))
+    index = torch.tensor([0]), torch.tensor([1])
+    found = pair_loss(policy, torch.zeros(2), *index, f_divergence="forward_kl", backend="triton")
+    found.loss.backward()
+    assert found.loss.item() == 0.0
+    assert gradient(policy).tolist() == [0.0, 0.0]
