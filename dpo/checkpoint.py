@@ -109,7 +109,8 @@ def _take(lock: Any, run: Path) -> None:
 
 
 def _empty(run: Path) -> None:
-    for path in run.iterdir():
+    # config.yaml last: without it, what a crash leaves would not be known as a run
+    for path in sorted(run.iterdir(), key=lambda path: path.name == "config.yaml"):
         if path.name == _LOCK:
             continue
         if path.is_dir() and not path.is_symlink():

@@ -25,7 +25,9 @@ class EvalPairs:
         del step
         for b, logps in result.logps:
             # summed token by token: the difference of two long sums loses digits
-            ratios = completion_sums(logps.double() - self.ref_logps(b).double(), b.batch).tolist()
+            reference = self.ref_logps(b)
+            ratios = logps.double() if reference is None else logps.double() - reference.double()
+            ratios = completion_sums(ratios, b.batch).tolist()
             keys = [(group, completion) for group, held in b.members for completion in held]
             self._rewards.update(zip(keys, (self.beta * ratio for ratio in ratios), strict=True))
 

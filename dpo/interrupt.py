@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._owner = os.getpid()
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # only there python takes signals
@@ -32,6 +34,10 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a data worker: it ends with the run, or when it is told to
+            if number == signal.SIGTERM:
+                raise SystemExit(128 + number)
+            return
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number

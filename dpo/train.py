@@ -227,8 +227,11 @@ class Session:
 
     def take_weights(self, checkpoint: Path) -> None:
         """Takes over a checkpoint's weights, and nothing else of it."""
-        weights = load_network(self.config, str(checkpoint / "model"))
-        self.policy.model.load_state_dict(weights.state_dict())
+        weights = dict(load_network(self.config, str(checkpoint / "model")).named_parameters())
+        with torch.no_grad():
+            for name, p in self.policy.model.named_parameters():
+                if p.requires_grad:
+                    p.copy_(weights[name])
         if self.updater.average is not None:
             self.updater.average.load_state_dict(load_checkpoint(checkpoint)["parts"]["average"])
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,10 +21,13 @@ from safetensors.torch import load_file
 
 import dpo.train
 from dpo.cli import main
+from dpo.config import TrainConfig
 from dpo.interrupt import StopSignal
 from dpo.metrics import read_json_lines
+from dpo.packing import Group
+from dpo.steps import StepDataset, StepPlan
 from tests.train.faults import Disk
-from tests.train.toy import write_model, write_pairs
+from tests.train.toy import Groups, random_groups, write_model, write_pairs
 
 STEPS = 3
 _TIMES = ("step_seconds", "pairs_per_second", "tokens_per_second", "peak_memory_bytes")
@@ -187,6 +191,30 @@ def test_the_best_checkpoint_stays_and_becomes_the_model(toy, tmp_path, capsys):
     assert len(steps) < 6
     margins = [r["margin"] for r in read_json_lines(stopped / "eval.jsonl")][1:]
     assert len(margins) - 1 - margins.index(max(margins)) == 2
+
+
+class _Augmented(Groups):
+    """Data that draws from every generator when it is read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        legacy = int(np.random.randint(97))  # noqa: NPY002
+        return Group([random.randrange(97), legacy, int(torch.randint(97, ()))], [[1], [2]], [(0, 1)])
+
+
+def test_what_data_workers_draw_depends_on_seed_and_step_only(toy, tmp_path):
+    def drawn(workers: int, start: int, seed: int = 0) -> list[list[int]]:
+        steps = StepDataset(_Augmented(random_groups(6)), StepPlan(groups_per_step=1, seed=seed))
+        config = TrainConfig(model="", data="", data_workers=workers)
+        loader = dpo.train._loader(config, steps, start, torch.device("cpu"))
+        return [step.bins[0].batch.input_ids.flatten().tolist() for step in loader]
+
+    state = torch.get_rng_state()
+    whole = drawn(1, 0)
+    assert drawn(2, 0) == whole
+    assert drawn(2, 3) == whole[3:]
+    assert drawn(1, 0, seed=1) != whole
+    assert len({tuple(row) for row in whole}) == 6
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

@@ -291,14 +291,9 @@ def test_a_reference_that_follows_the_policy(toy, tmp_path, network):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_no_reference_means_log_probs_as_rewards(toy, tmp_path):
-    rows = [json.loads(line) for line in (toy / "pairs.jsonl").read_text().splitlines()]
-    for row in rows:
-        row["chosen"] = (row["chosen"] + "xxxxxxxxxx")[:14]
-    (tmp_path / "even.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = "--data", str(tmp_path / "even.jsonl")
-    record = _train(toy, tmp_path, "run", "--reference", "none", "--max-steps", "1", *data)[0]
-    assert record["chosen_reward"] == pytest.approx(0.1 * 15 * record["chosen_logps_per_token"], rel=1e-6)
+def test_a_loss_without_reference_makes_no_store(toy, tmp_path):
+    _train(toy, tmp_path, "run", "--loss", "simpo", "--max-steps", "1")
+    assert len(read_json_lines(tmp_path / "run" / "eval.jsonl")) == 2
     assert not (tmp_path / "store").exists()
 
 
@@ -314,10 +309,6 @@ def test_no_reference_means_log_probs_as_rewards(toy, tmp_path):
         (
             ("--reference", "online", "--ref-update-every", "2", "--ref-mix", "2"),
             "--ref-mix: expected 0 < value <= 1",
-        ),
-        (
-            ("--reference", "none", "--reference-model", "x"),
-            "--reference-model: expected no --reference none",
         ),
     ],
     ids=" ".join,
