@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,8 +16,10 @@ from transformers import LlamaForCausalLM
 
 from bench.data.fetch_snippets import clean
 from bench.paper import sampling, summary
+from bench.paper.frontier import Experiment, same_settings
 from bench.paper.preferences import Preferences, Trainer, compare, with_rankings
 from bench.paper.settings import QUICK, runs
+from dpo.errors import UserError
 from dpo.model import prepare
 from dpo.packing import Group
 from tests.train.toy import toy_config
@@ -196,3 +198,29 @@ def plain_logp(model: LlamaForCausalLM, prompt: Sequence[int], completion: Seque
     ids = torch.tensor([[*prompt, *completion]])
     logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
     return logps[:-1].gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
+
+
+def test_a_second_call_goes_on_and_other_settings_are_refused(tmp_path):
+    experiment = Experiment.__new__(Experiment)
+    experiment.folder, experiment.seed = tmp_path, 0
+    (tmp_path / "points").mkdir()
+    called = []
+
+    def compute(name: str, fail: bool = False) -> Iterator[summary.Point]:
+        called.append(name)
+        yield {"steps": 1, "kl": 1.0, "kl_se": 0.1, "reward": 0.5, "reward_se": 0.1}
+        if fail:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        experiment.once("DPO", "beta 1", lambda: compute("interrupted", fail=True))
+    assert experiment.points() == []
+    for _ in range(2):
+        experiment.once("DPO", "beta 1", lambda: compute("whole"))
+    assert called == ["interrupted", "whole"]
+    assert [(p["method"], p["setting"], p["kl"]) for p in experiment.points()] == [("DPO", "beta 1", 1.0)]
+
+    same_settings(tmp_path / "settings.json", QUICK)
+    same_settings(tmp_path / "settings.json", QUICK)
+    with pytest.raises(UserError, match="expected points of the same settings"):
+        same_settings(tmp_path / "settings.json", replace(QUICK, lr=1.0))
