@@ -45,7 +45,7 @@ class Experiment:
         self.settings, self.seed = settings, seed
         self.folder = work / settings.name / f"seed-{seed}"
         (self.folder / "points").mkdir(parents=True, exist_ok=True)
-        _same_settings(self.folder / "settings.json", settings)
+        same_settings(self.folder / "settings.json", settings)
         self.reward = fetch_snippets.load_scorer(snippets)
         texts = language.load_texts(snippets / "snippets.jsonl", settings, seed)
         known, unknown = texts[: settings.snippets], texts[settings.snippets :]
@@ -128,7 +128,8 @@ class Experiment:
         return [point for path in paths for point in json.loads(path.read_text())]
 
 
-def _same_settings(path: Path, settings: Settings) -> None:
+def same_settings(path: Path, settings: Settings) -> None:
+    """Writes the settings beside the points, or holds them to those that are there."""
     found = json.dumps(dataclasses.asdict(settings), indent=1)
     if path.exists() and path.read_text() != found:
         raise UserError(f"{path.parent}: expected points of the same settings, found others; remove the folder")

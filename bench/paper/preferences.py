@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 from bench.paper.language import save_whole
-from bench.paper.objectives import step_backward
 from bench.paper.sampling import Reward, completions_of, rewards_of, sample
 from bench.paper.settings import Run, Settings
+from dpo.comparisons import rank
 from dpo.console import Bar
+from dpo.engine import forward_backward
 from dpo.loss import Objective
+from dpo.metrics import PairSums
 from dpo.model import prepare
 from dpo.optim import apply_update, build_optimizer, set_lr, warmup_then_constant
 from dpo.packing import Group
-from dpo.reference import CachedReference
+from dpo.reference import CachedReference, no_reference
 from dpo.steps import StepDataset, StepPlan
 
 
@@ -55,14 +58,25 @@ def compare(rows: Tensor, rewards: Tensor, length: int, end: int) -> Preferences
     return groups
 
 
+def with_rankings(groups: Preferences) -> Preferences:
+    """The same groups, compared by the order of their completions: all orders of tied ones, which are averaged."""
+    ranked = Preferences()
+    for group in groups:
+        wins = [sum(chosen == k for chosen, _ in group.pairs) for k in range(len(group.completions))]
+        ranked.append(replace(group, rankings=rank(range(len(wins)), wins)))
+    return ranked
+
+
 class Trainer:
     """Trains copies of the reference on the same preferences, in the same steps."""
 
     def __init__(self, reference: Any, groups: Preferences, settings: Settings, seed: int) -> None:
-        self.reference, self.groups, self.settings = reference, groups, settings
+        self.reference, self.settings = reference, settings
         prepare(reference, "shared")
         plan = StepPlan(groups_per_step=settings.prompts_per_step, seed=seed)
         self.steps = StepDataset(groups, plan)
+        # the same completions in the same steps and bins, so the cached log-probs serve both
+        self.ranked = StepDataset(with_rankings(groups), plan)
         self.logps = CachedReference()
         with Bar("reference", len(self.steps), log_every=1000) as bar:
             self.logps.fill(
@@ -72,6 +86,13 @@ class Trainer:
                 torch.device("cpu"),
                 lambda step: bar.advance(pairs=step.num_pairs, tokens=step.num_tokens),
             )
+
+    def backward(self, run: Run, policy: Any, index: int) -> PairSums:
+        """Forward and backward of one step by the trainer; gradients accumulate in the policy."""
+        step = (self.ranked if run.rankings else self.steps)[index]
+        objective = Objective(loss=run.loss, beta=run.beta, options=run.options)
+        reference = self.logps if objective.call.reference else no_reference
+        return forward_backward(policy, step, reference, objective).sums
 
     def policies(self, run: Run) -> Iterator[tuple[int, Any]]:
         """Steps done and the policy, wherever the run is to be measured."""
@@ -85,9 +106,8 @@ class Trainer:
                 policy.train()
                 lr = run.lr_factor * settings.lr
                 set_lr(optimizer, warmup_then_constant(index, lr, settings.warmup_steps))
-                step = self.steps[index]
-                loss = step_backward(policy, step, self.logps, run, self.groups)
-                apply_update(optimizer, loss, settings.grad_clip)
-                bar.advance(pairs=step.num_pairs, tokens=step.num_tokens)
+                sums = self.backward(run, policy, index)
+                apply_update(optimizer, sums.loss, settings.grad_clip)
+                bar.advance(pairs=0, tokens=0)
                 if index + 1 in stops:
                     yield index + 1, policy

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from bench.data.fetch_snippets import clean
 from bench.paper import sampling, summary
-from bench.paper.objectives import orders, step_backward
-from bench.paper.preferences import compare
+from bench.paper.frontier import Experiment, same_settings
+from bench.paper.preferences import Preferences, Trainer, compare, with_rankings
 from bench.paper.settings import QUICK, runs
-from dpo.loss import Objective
+from dpo.errors import UserError
 from dpo.model import prepare
 from dpo.packing import Group
-from dpo.reference import CachedReference
-from dpo.steps import StepPlan, build_step
-from tests.train.toy import Groups, toy_config
+from tests.train.toy import toy_config
 
 END, VOCABULARY, PROMPT, NEW = 1, 4, 3, 3
 
@@ -154,41 +155,72 @@ def test_snippets_are_cleaned_and_counted_once():
 
 def test_orders_of_a_group_are_those_that_its_pairs_leave_open():
     pairs = [(2, 0), (2, 1), (2, 3), (0, 3), (1, 3)]
-    assert orders(Group([0], [[1]] * 4, pairs)) == [[2, 0, 1, 3], [2, 1, 0, 3]]
+    (group,) = with_rankings(Preferences([Group([0], [[1]] * 4, pairs)]))
+    assert list(group.rankings) == [[2, 0, 1, 3], [2, 1, 0, 3]]
 
 
-def test_every_objective_goes_through_a_step_with_the_right_loss():
-    """At policy = reference, where the losses are known; and a step against the gradient lowers each of them."""
-    groups = Groups([Group([2, 3], [[2, END], [3, 3], [0, END]], [(0, 1), (0, 2), (1, 2)]) for _ in range(3)])
-    step = build_step(groups, range(3), StepPlan(token_budget=20))
-    assert len(step.bins) > 1
-    reference = CachedReference()
-    prepare(base := model_of(0), "shared")
-    reference.fill(base, [step], Objective(), torch.device("cpu"))
-    lengths = torch.tensor([2.0, 2.0, 2.0], dtype=torch.float64)
-    logps = torch.tensor([reference.total(0, k) for k in range(3)], dtype=torch.float64)
-    won, lost = logps[[0, 0, 1]].mean(), logps[[1, 2, 2]].mean()
-    expected = {
-        "DPO": math.log(2),
-        "cDPO": math.log(2),
-        "IPO": (0.5 / 0.1) ** 2,
-        "Plackett-Luce": math.log(6),
-        "preferred-ft": -(logps / lengths)[[0, 0, 1]].mean().item(),
-        "unlikelihood": (0.3 * lost - won).item(),
-    }
-    settings = replace(QUICK, betas=(0.1,), ipo_betas=(0.1,))
+def test_every_run_trains_its_own_loss():
+    """The first step's gradient of every run, through the trainer, against its formula on plain log-probs."""
+    groups = Preferences(
+        Group([2, 3], [[2, END], [3, 3, 2], [0, END]], [(0, 1), (0, 2), (1, 2)], row=k) for k in range(3)
+    )
+    settings = replace(QUICK, betas=(0.1,), ipo_betas=(0.1,), prompts_per_step=3)
+    base = model_of(0)
+    trainer = Trainer(base, groups, settings, seed=0)
     found = {run.method: run for run in runs(settings) if run.method != "unlikelihood" or "0.3" in run.setting}
-    assert found.keys() == expected.keys()
+    won, lost = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2])
+    formulas = {
+        "DPO": lambda d, lp, n: -F.logsigmoid(0.1 * (d[won] - d[lost])).mean(),
+        "cDPO": lambda d, lp, n: (
+            -(0.9 * F.logsigmoid(0.1 * (d[won] - d[lost])) + 0.1 * F.logsigmoid(0.1 * (d[lost] - d[won]))).mean()
+        ),
+        "IPO": lambda d, lp, n: (d[won] - d[lost] - 5.0).square().mean(),
+        "Plackett-Luce": lambda d, lp, n: sum((0.1 * d[k:]).logsumexp(0) - 0.1 * d[k] for k in range(3)),
+        "preferred-ft": lambda d, lp, n: -(lp / n)[won].mean(),
+        "unlikelihood": lambda d, lp, n: (0.3 * lp[lost] - lp[won]).mean(),
+    }
+    assert found.keys() == formulas.keys()
     for method, run in found.items():
-        policy = model_of(0)
-        prepare(policy, "shared")
-        losses = []
-        for _ in range(2):
-            policy.zero_grad()
-            losses.append(step_backward(policy, step, reference, run, groups).item())
-            with torch.no_grad():
-                for p in policy.parameters():
-                    assert p.grad is not None
-                    p -= 1e-3 * p.grad / max(1.0, float(p.grad.norm()))
-        assert losses[0] == pytest.approx(expected[method], rel=1e-5), method
-        assert losses[1] < losses[0], method
+        (index,) = range(len(trainer.steps))
+        policy = copy.deepcopy(base)
+        trainer.backward(run, policy, index)
+        expected = copy.deepcopy(base)
+        prepare(expected, "padded")
+        lp = torch.stack([plain_logp(expected, groups[0].prompt, y) for y in groups[0].completions])
+        n = torch.tensor([2.0, 3.0, 2.0])
+        formulas[method](lp - lp.detach(), lp, n).backward()
+        for ours, theirs in zip(policy.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def plain_logp(model: LlamaForCausalLM, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
+    """Log-prob of one completion by the stock model."""
+    ids = torch.tensor([[*prompt, *completion]])
+    logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    return logps[:-1].gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
+
+
+def test_a_second_call_goes_on_and_other_settings_are_refused(tmp_path):
+    experiment = Experiment.__new__(Experiment)
+    experiment.folder, experiment.seed = tmp_path, 0
+    (tmp_path / "points").mkdir()
+    called = []
+
+    def compute(name: str, fail: bool = False) -> Iterator[summary.Point]:
+        called.append(name)
+        yield {"steps": 1, "kl": 1.0, "kl_se": 0.1, "reward": 0.5, "reward_se": 0.1}
+        if fail:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        experiment.once("DPO", "beta 1", lambda: compute("interrupted", fail=True))
+    assert experiment.points() == []
+    for _ in range(2):
+        experiment.once("DPO", "beta 1", lambda: compute("whole"))
+    assert called == ["interrupted", "whole"]
+    assert [(p["method"], p["setting"], p["kl"]) for p in experiment.points()] == [("DPO", "beta 1", 1.0)]
+
+    same_settings(tmp_path / "settings.json", QUICK)
+    same_settings(tmp_path / "settings.json", QUICK)
+    with pytest.raises(UserError, match="expected points of the same settings"):
+        same_settings(tmp_path / "settings.json", replace(QUICK, lr=1.0))
