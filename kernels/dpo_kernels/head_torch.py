@@ -73,7 +73,7 @@ class Pass:
         if out.dtype != a.dtype:
             product = torch.mm(a, b, out=self.buffers.get("product", out.shape, a.dtype))
             out.copy_(product) if first else out.add_(product)
-        elif takes_onednn(a, b) and a.is_contiguous():  # it would copy a transposed tile, for little gain
+        elif takes_onednn(a, b):
             product = product_nt(a, b.t())
             out.copy_(product) if first else out.add_(product)
         elif first:

@@ -173,8 +173,10 @@ def choose_plan(
     columns = -(-vocabulary // vocab_tile)
     gemm = 2.0 * rows * vocabulary * hidden / rate
     low_rank = lora_rank / max(hidden, 1)
-    # logits in the GEMM's dtype, widened, rounded; a weight tile in the GEMM's dtype; a dW tile; [n, H] of a dH product
-    tile_bytes = tile * (wide + (2 * dtype.itemsize if dtype.itemsize < 4 else 0)) + vocab_tile * hidden * (wide + 4)
+    # logits in the GEMM's dtype, widened, rounded, or a copy that the vendor's GEMM transposes; a weight tile in the
+    # GEMM's dtype; a dW tile; [n, H] of a dH product
+    copies = 2 * dtype.itemsize if dtype.itemsize < 4 else dtype.itemsize
+    tile_bytes = tile * (wide + copies) + vocab_tile * hidden * (wide + 4)
     # beside [n, H], the factors' [n, r], their tiles widened, and their gradients before rounding
     tile_bytes += row_chunk * hidden * wide + (2 * row_chunk + 2 * rows + vocab_tile + vocabulary) * lora_rank * wide
 
