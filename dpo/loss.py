@@ -92,6 +92,7 @@ def bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor | None, objective
         loss (scalar), chosen and rejected rewards [T], token_logps [N].
     """
     if batch.rankings is not None:
+        assert ref_logps is not None
         return _ranked_bin_loss(model, batch, ref_logps, objective)
     with objective.precision(batch.input_ids.device):
         hidden, head = trunk(model, batch), head_of(model)
@@ -187,10 +188,11 @@ def coupled_loss(
     ref = [part.double() for part in references if part is not None]
     ids = torch.cat([b.completions[b.batch.completion_ids] for b in coupled.bins])
     phase = _rankings_of_step if coupled.rankings is not None else _pairs_of_step
-    loss, *sides = phase(logps, torch.cat(ref) if ref else None, ids, held, coupled, objective, learn)
+    loss, chosen, rejected = phase(logps, torch.cat(ref) if ref else None, ids, held, coupled, objective, learn)
     (grads,) = torch.autograd.grad(loss, logps)
     parts = grads.split([stats.logps.numel() for stats in held])
-    return CoupledLoss(loss.detach(), *sides, tuple(s.logps for s in held), parts, tuple(generators))
+    held_logps = tuple(stats.logps for stats in held)
+    return CoupledLoss(loss.detach(), chosen, rejected, held_logps, parts, tuple(generators))
 
 
 @torch.enable_grad()
