@@ -18,9 +18,10 @@ import numpy as np
 from bench import report
 from bench.timing import interleave
 from bench.worker import Worker
-from bench.workload import GROUPS, PROMPTS_PER_STEP, StepSettings, describe
+from bench.workload import GROUPS, StepSettings, describe
 
 COMPLETIONS = (2, 3, 4, 5, 6, 8)
+PROMPTS = 2
 
 
 class SizedWorker(Worker):
@@ -28,7 +29,7 @@ class SizedWorker(Worker):
 
     def __init__(self, completions: int, settings: StepSettings, steps: int):
         self.mix = replace(GROUPS, completions=completions)
-        self.settings = replace(settings, pairs_per_step=PROMPTS_PER_STEP * self.mix.pairs_per_prompt)
+        self.settings = replace(settings, pairs_per_step=PROMPTS * self.mix.pairs_per_prompt)
         super().__init__("shared", self.settings, self.mix, steps)
         self.name = f"K={completions}"
 

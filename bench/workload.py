@@ -17,8 +17,8 @@ EOS = 2
 POPULATION = 512
 """Steps drawn, of which the few that are measured must be typical."""
 FIRST_ORDINARY_TOKEN = 3
-PAIRS_PER_STEP, PROMPTS_PER_STEP = 4, 2
-"""Of mixes with two completions a prompt, and with more."""
+PAIRS_PER_STEP, PROMPTS_PER_STEP = 4, 1
+"""Of mixes with two completions a prompt, and with more (whose six pairs are memory enough for other trainers)."""
 
 
 @dataclass(frozen=True)
