@@ -93,6 +93,10 @@ def check_losses(answers: dict[str, list[Any]], dtype: str) -> None:
             raise RuntimeError(f"losses of step {index} differ: {dict(zip(trained, losses, strict=True))}")
 
 
+def settings_of(mix: str, **settings: Any) -> StepSettings:
+    return StepSettings(pairs_per_step=MIXES[mix].pairs_per_step, **settings)
+
+
 class ReplayClock:
     """Feeds measured seconds to pytest-benchmark, which times one function at a time and cannot take turns itself."""
 
@@ -110,8 +114,8 @@ class ReplayClock:
 
 
 REPLAY = ReplayClock()
-CELLS = [("summarise", "fp32"), ("chat", "fp32"), ("summarise", "bf16"), ("chat", "bf16")]
-QUICK_CELLS = [("summarise", "fp32"), ("chat", "bf16")]
+CELLS = [(mix, dtype) for dtype in ("fp32", "bf16") for mix in MIXES]
+QUICK_CELLS = [("summarise", "fp32"), ("chat", "bf16"), ("groups", "fp32")]
 
 
 @pytest.fixture(scope="session")
@@ -122,8 +126,8 @@ def cell(request: pytest.FixtureRequest) -> dict[str, Any]:
     if request.config.getoption("--quick"):
         if (mix, dtype) not in QUICK_CELLS:
             pytest.skip("left out by --quick")
-        return measure(TINY_MIXES[mix], StepSettings(model=TINY_MODEL, dtype=dtype), QUICK)
-    return measure(MIXES[mix], StepSettings(dtype=dtype), FULL)
+        return measure(TINY_MIXES[mix], settings_of(mix, model=TINY_MODEL, dtype=dtype), QUICK)
+    return measure(MIXES[mix], settings_of(mix, dtype=dtype), FULL)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -162,7 +166,7 @@ def main() -> None:
     effort = replace(FULL, steps=options.steps, rounds=options.rounds)
     for mix, dtype in CELLS if options.full else [(options.mix, options.dtype)]:
         named = {name: getattr(options, name) for name in ("optimizer", "threads", "clock", "products")}
-        settings = StepSettings(dtype=dtype, **named)
+        settings = settings_of(mix, dtype=dtype, **named)
         if options.quick:
             settings = replace(settings, model=TINY_MODEL)
             found = measure(TINY_MIXES[mix], settings, QUICK, options.sides)

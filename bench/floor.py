@@ -23,10 +23,10 @@ import torch
 from dpo_kernels.plans import Plan, choose_plan
 from torch import Tensor
 
-from bench.our_step import PairList, train_config
+from bench.our_step import shared_groups, train_config
 from bench.workload import Pair, StepSettings
 from dpo.inputs import plan_of
-from dpo.packing import Group, PackedBatch
+from dpo.packing import PackedBatch
 from dpo.steps import build_step
 
 OPTIMIZER_TENSORS = {"rmsprop": 5, "adamw": 7}
@@ -60,7 +60,7 @@ class FloorSide:
         self._copy = (torch.ones(1 << 26), torch.ones(1 << 26))
 
     def step(self, pairs: Sequence[Pair]) -> Floor:
-        groups = PairList(Group(p.prompt, [p.chosen, p.rejected], [(0, 1)]) for p in pairs)
+        groups = shared_groups(pairs)
         batches = [b.batch for b in build_step(groups, range(len(groups)), self.plan).bins]
         parts: dict[str, float] = {}
         operations = 0.0

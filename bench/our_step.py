@@ -25,6 +25,16 @@ class PairList(list[Group]):
         return len(self[index].pairs)
 
 
+def shared_groups(pairs: Sequence[Pair]) -> PairList:
+    """The pairs by prompt, a prompt and a completion once each, as `dpo train` merges the rows of a flat file."""
+    found: dict[tuple[int, ...], tuple[dict[tuple[int, ...], int], list[tuple[int, int]]]] = {}
+    for pair in pairs:
+        place, held = found.setdefault(tuple(pair.prompt), ({}, []))
+        sides = [place.setdefault(tuple(y), len(place)) for y in (pair.chosen, pair.rejected)]
+        held.append((sides[0], sides[1]))
+    return PairList(Group(prompt, list(place), held, row) for row, (prompt, (place, held)) in enumerate(found.items()))
+
+
 def train_config(settings: StepSettings, layout: Layout) -> TrainConfig:
     """The flags of `dpo train` for this step; everything not named is the default."""
     return TrainConfig(
@@ -63,7 +73,10 @@ class OurSide:
         self.optimizer = build_optimizer(self.config.optimizer, list(self.model.parameters()), lr=self.config.lr)
 
     def step(self, pairs: Sequence[Pair]) -> float:
-        groups = PairList(Group(p.prompt, [p.chosen, p.rejected], [(0, 1)], row) for row, p in enumerate(pairs))
+        if self.name == "shared":
+            groups = shared_groups(pairs)
+        else:
+            groups = PairList(Group(p.prompt, [p.chosen, p.rejected], [(0, 1)], row) for row, p in enumerate(pairs))
         step = build_step(groups, range(len(groups)), self.plan)
         set_lr(self.optimizer, self.config.lr)
         result = forward_backward(self.model, step, self.reference, self.objective)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ EOS = 2
 POPULATION = 512
 """Steps drawn, of which the few that are measured must be typical."""
 FIRST_ORDINARY_TOKEN = 3
+PAIRS_PER_STEP, PROMPTS_PER_STEP = 4, 1
+"""Of mixes with two completions a prompt, and with more (whose six pairs are memory enough for other trainers)."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,25 @@ class Pair:
 
 @dataclass(frozen=True)
 class LengthMix:
-    """Log-normal lengths in tokens: median and sigma of the logarithm, for prompts and completions."""
+    """Log-normal lengths in tokens: median and sigma of the logarithm, for prompts and completions.
+
+    completions: K of every prompt; a step holds all K (K - 1) / 2 pairs of a prompt.
+    """
 
     name: str
     prompt_median: float
     prompt_sigma: float
     completion_median: float
     completion_sigma: float
+    completions: int = 2
+
+    @property
+    def pairs_per_prompt(self) -> int:
+        return math.comb(self.completions, 2)
+
+    @property
+    def pairs_per_step(self) -> int:
+        return PAIRS_PER_STEP if self.completions == 2 else PROMPTS_PER_STEP * self.pairs_per_prompt
 
     def draw(self, steps: int, pairs_per_step: int, vocabulary: int, seed: int) -> list[list[Pair]]:
         """`steps` steps of `pairs_per_step` pairs that stand for the mix; a seed gives the same tokens everywhere.
@@ -65,10 +80,13 @@ class LengthMix:
         def completion() -> list[int]:
             return [*tokens(length(self.completion_median, self.completion_sigma) - 1), EOS]
 
-        def pair() -> Pair:
-            return Pair(tokens(length(self.prompt_median, self.prompt_sigma)), completion(), completion())
+        def pairs() -> list[Pair]:
+            prompt = tokens(length(self.prompt_median, self.prompt_sigma))
+            ranked = [completion() for _ in range(self.completions)]
+            return [Pair(prompt, better, worse) for better, worse in combinations(ranked, 2)]
 
-        return [[pair() for _ in range(pairs_per_step)] for _ in range(POPULATION)]
+        prompts = max(1, pairs_per_step // self.pairs_per_prompt)
+        return [[pair for _ in range(prompts) for pair in pairs()] for _ in range(POPULATION)]
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,7 @@ class StepSettings:
     """Everything that is the same on every side."""
 
     model: ModelShape = field(default_factory=ModelShape)
-    pairs_per_step: int = 4
+    pairs_per_step: int = PAIRS_PER_STEP
     dtype: str = "fp32"
     """`fp32`, or `bf16` for autocast with fp32 parameters and fp32 optimizer state."""
     optimizer: str = "rmsprop"
@@ -137,25 +155,31 @@ class StepSettings:
         return time.process_time if self.clock == "cpu" else time.perf_counter
 
 
+GROUPS = LengthMix("groups", 120, 0.6, 120, 0.6, completions=4)
 SUMMARISE = LengthMix("summarise", 170, 0.45, 18, 0.4)
 CHAT = LengthMix("chat", 60, 0.9, 120, 0.7)
-MIXES = {mix.name: mix for mix in (SUMMARISE, CHAT)}
+MIXES = {mix.name: mix for mix in (SUMMARISE, CHAT, GROUPS)}
 
 TINY_MODEL = ModelShape(hidden=64, layers=2, heads=4, key_value_heads=2, intermediate=128, vocabulary=512)
 TINY_MIXES = {
     "summarise": LengthMix("summarise", 17, 0.45, 4, 0.4),
     "chat": LengthMix("chat", 6, 0.9, 12, 0.7),
+    "groups": LengthMix("groups", 12, 0.6, 12, 0.6, completions=4),
 }
 
 
 def describe(steps: Sequence[Sequence[Pair]]) -> dict[str, float]:
-    """Mean token counts a step: what a padded batch of two rows a pair holds, what is in it, what sharing leaves."""
+    """Mean token counts a step: what a padded batch of two rows a pair holds, what is in it, what sharing leaves (of a
+    prompt and of a completion, once each)."""
     padded = plain = shared = targets = 0
     for step in steps:
         lengths = [len(p.prompt) + len(c) for p in step for c in (p.chosen, p.rejected)]
         padded += max(lengths) * len(lengths)
         plain += sum(lengths)
-        shared += sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in step)
-        targets += sum(len(p.chosen) + len(p.rejected) for p in step)
+        # the pairs of a prompt hold the same lists
+        prompts = {id(p.prompt): len(p.prompt) for p in step}
+        completions = {id(y): len(y) for p in step for y in (p.chosen, p.rejected)}
+        shared += sum(prompts.values()) + sum(completions.values())
+        targets += sum(completions.values())
     totals = {"padded_tokens": padded, "plain_tokens": plain, "shared_tokens": shared, "completion_tokens": targets}
     return {name: round(total / len(steps), 1) for name, total in totals.items()}
