@@ -223,9 +223,6 @@ def test_cache_fills_what_train_needs_and_other_runs_use_it(toy, tmp_path, no_mo
 def test_a_reference_with_an_adapter_is_computed_with_it(toy, tmp_path, no_model):
     pytest.importorskip("peft")
     _train(toy, tmp_path, "lora", "--lora-r", "2", "--lr", "1e-1")
-    assert [path.name for path in (tmp_path / "store").glob("*/")] == [
-        path.parent.name for path in (tmp_path / "store").glob("*/*.safetensors")
-    ][:1]  # a new adapter's reference is the base model
     adapter = str(tmp_path / "lora" / "model")
     named = [
         [r["margin"] for r in _train(toy, tmp_path, kind, "--reference-model", adapter, "--reference", kind)]
