@@ -46,7 +46,7 @@ class ReferenceSource:
         return Path(self.config.reference_cache) if self.config.reference_cache else default_root()
 
     def model(self) -> Any:
-        """The model; use it inside `as_reference`. Raises UserError for another vocabulary than the policy's."""
+        """The model; use it inside `computing`. Raises UserError for another vocabulary than the policy's."""
         if self._model is None:
             self._model = self.own_model()
         return self._model
@@ -60,8 +60,18 @@ class ReferenceSource:
         """Lends the model after `done` updates: one that is in memory, or else loaded for as long as it is lent."""
         in_memory = self._model is not None and (self._model is not self.policy.model or self._carries(done))
         model = self._model if in_memory else self.own_model()
-        with as_reference(model):
+        with self.computing(model):
             yield model
+
+    @contextmanager
+    def computing(self, model: Any) -> Iterator[None]:
+        """Inside, the model computes what the reference does: an adapter that trains is off, the reference's is on."""
+        if model is self.policy.model and isinstance(self.config, TrainConfig):
+            with as_reference(model):
+                yield
+        else:
+            model.eval()
+            yield
 
     def _carries(self, done: int) -> bool:
         return done == 0 or adapter_of(self.policy.model) is not None
@@ -164,7 +174,7 @@ def set_up_references(
         mix = 0.6 if config.ref_mix is None else config.ref_mix
         every, policy = config.ref_update_every, source.policy.model
         held_out = fill_store(source, store, None, None, eval_data, evals, stop)[1]
-        source.keep(None)
+        source.keep(None)  # it moves
         moving = MovingReference(model, source.objective, policy, every=every, mix=mix)
         return References(moving, held_out, moving)
 
@@ -195,8 +205,10 @@ def fill_store(
             stop.check(f"the reference's log-probs so far are in {store.folder}")
 
         model = source.model()
-        with as_reference(model):
+        with source.computing(model):
             if steps is not None:
                 train.fill(model, (steps[i] for i in uses), source.objective, device, advance)
             held_out.fill(model, lacking, source.objective, device, advance)
+        if model is not source.policy.model:
+            source.keep(None)  # its memory is worth more than the time to load it again
     return train, held_out

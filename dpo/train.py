@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def train(config: TrainConfig) -> TrainResult:
         if state is not None:
             session.restore(checkpoint, state)
         started = time.perf_counter()
-        with Bar("train", len(steps), done=start, log_every=config.log_every) as bar:
+        with closing(log), Bar("train", len(steps), done=start, log_every=config.log_every) as bar:
             session.between_steps(bar, start, len(steps), evals)
             model.train()
             for step in _loader(config, steps, start, device):
@@ -135,7 +135,6 @@ def train(config: TrainConfig) -> TrainResult:
                     break
                 session.step(bar, step.to(device))
                 session.between_steps(bar, step.index + 1, len(steps), evals)
-        log.close()
         _finish(session, bar, time.perf_counter() - started)
         finish_run(run, len(steps))
     return TrainResult(run, policy, log.evals)

@@ -47,6 +47,7 @@ def words(toy: Path, output: Path, *flags: str) -> list[str]:
         *("train", "--model", str(toy / "model"), "--data", str(toy / "pairs.jsonl"), "--output", str(output)),
         *("--eval-data", str(toy / "held_out.jsonl"), "--eval-every", "2", "--pairs-per-step", "4"),
         *("--lr", "1e-3", "--warmup-steps", "1", "--max-steps", str(STEPS), "--save-every", "1", "--no-check-sharing"),
+        *("--reference-cache", str(output.with_name("store"))),
         *("--dropout", "--padded", "--keep-checkpoints", "1", *flags),  # with dropout the generators count
     ]
 
@@ -64,21 +65,21 @@ def same(a: tuple, b: tuple) -> bool:
 
 @pytest.fixture(scope="module")
 def undisturbed(toy, tmp_path_factory):
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    run.mkdir()
-    with Disk(run) as disk:
-        main(words(toy, run))
-    return result(run), disk.events
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with Disk(folder) as disk:
+        main(words(toy, folder / "run"))
+    return result(folder / "run"), disk.events
 
 
-def _crash_and_resume(toy: Path, run: Path, at: int) -> tuple:
-    run.mkdir()
-    with Disk(run, at) as disk:
-        main(words(toy, run))
+def _crash_and_resume(toy: Path, folder: Path, at: int) -> tuple:
+    """A run, and the reference store beside it, on a disk that dies; then once more on a sound one."""
+    folder.mkdir()
+    with Disk(folder, at) as disk:
+        main(words(toy, folder / "run"))
     assert disk.dead
-    main(words(toy, run, "--resume", "auto"))
-    assert not list(run.rglob(".writing-*"))
-    return result(run)
+    main(words(toy, folder / "run", "--resume", "auto"))
+    assert not list((folder / "run").rglob(".writing-*"))
+    return result(folder / "run")
 
 
 def test_runs_with_dropout_differ_by_seed(toy, undisturbed, tmp_path):
@@ -94,20 +95,22 @@ def test_a_crash_at_some_moments_of_a_run_costs_nothing(toy, undisturbed, tmp_pa
 
 @pytest.mark.slow
 def test_a_crash_at_every_write_fsync_and_rename_of_a_run_costs_nothing(toy, undisturbed, tmp_path):
+    """Of the store, of the second checkpoint, and of what ends a run."""
     whole, events = undisturbed
-    first = next(k for k, event in enumerate(events) if "step-2" in event)
-    last = next(k for k, event in enumerate(events) if "step-3" in event or k == len(events) - 1)
-    for at in range(first, last):
-        if events[at].split()[0] in ("write", "save", "fsync", "rename", "replace"):
-            assert same(_crash_and_resume(toy, tmp_path / str(at), at), whole), events[at]
+    kinds = "write", "save", "fsync", "rename", "replace"
+    tested = [k for k, event in enumerate(events) if event.split()[0] in kinds]
+    places = "store", "step-2", "run/.writing-model", "finished"
+    tested = [k for k in tested if any(place in events[k] for place in places)]
+    assert len(tested) > 40
+    for at in tested:
+        assert same(_crash_and_resume(toy, tmp_path / str(at), at), whole), events[at]
 
 
 def test_the_folders_of_a_full_or_read_only_disk_are_named(toy, undisturbed, tmp_path, capsys):
     events = undisturbed[1]
     at = next(k for k, event in enumerate(events) if event.startswith("save") and "step-2" in event)
     run = tmp_path / "run"
-    run.mkdir()
-    with Disk(run, at, full=True), pytest.raises(SystemExit) as stop:
+    with Disk(tmp_path, at, full=True), pytest.raises(SystemExit) as stop:
         main(words(toy, run))
     assert stop.value.code == 2
     error = capsys.readouterr().err
@@ -118,7 +121,7 @@ def test_the_folders_of_a_full_or_read_only_disk_are_named(toy, undisturbed, tmp
     assert same(result(run), undisturbed[0])
 
     with pytest.raises(SystemExit) as stop:
-        main(words(toy, Path("/proc/run")))
+        main(words(toy, Path("/proc/run"), "--reference-cache", str(tmp_path / "store")))
     assert stop.value.code == 2
     assert "--output /proc/run: expected a folder to write to, found:" in capsys.readouterr().err
 
@@ -326,7 +329,7 @@ def test_sigkill_at_random_moments_costs_nothing(toy, tmp_path, processes):
     draw, whole = random.Random(1), result(tmp_path / "whole")
     killed = 0
     for k in range(5):
-        run = tmp_path / str(k)
+        run = tmp_path / str(k) / "run"
         process = processes.Process(target=_main, args=(words(toy, run, *flags),))
         process.start()
         time.sleep(seconds * draw.uniform(0.2, 0.9))

@@ -220,6 +220,22 @@ def test_cache_fills_what_train_needs_and_other_runs_use_it(toy, tmp_path, no_mo
     assert other[0]["margin"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_a_reference_with_an_adapter_is_computed_with_it(toy, tmp_path, no_model):
+    pytest.importorskip("peft")
+    _train(toy, tmp_path, "lora", "--lora-r", "2", "--lr", "1e-1")
+    adapter = str(tmp_path / "lora" / "model")
+    named = [
+        [r["margin"] for r in _train(toy, tmp_path, kind, "--reference-model", adapter, "--reference", kind)]
+        for kind in ("cached", "online")
+    ]
+    assert abs(named[0][0]) > 1e-3
+    assert named[0] == pytest.approx(named[1], abs=1e-5)
+    main(_words(toy, tmp_path, "--adapter", adapter, command="cache"))
+    no_model()
+    again = _train(toy, tmp_path, "again", "--adapter", adapter)
+    assert again[0]["margin"] == 0.0
+
+
 def test_another_model_data_or_arithmetic_never_hits(toy, tmp_path):
     def stores() -> dict[str, int]:
         return {folder.name: len(list(folder.glob("*.safetensors"))) for folder in (tmp_path / "store").glob("*/")}
