@@ -185,9 +185,10 @@ def test_trainers_of_their_own_without_their_likelihood_terms(loss, theirs, ours
     from trl.experimental.cpo import CPOTrainer  # pyright: ignore[reportMissingImports]
 
     settings = {"alpha": 0.0, "label_smoothing": 0.0, "simpo_gamma": 0.0, "beta": BETA}
-    fake = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), **settings | theirs)
+    fake: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), **settings | theirs)
     policy, lengths, sides = _sums(loss)
-    value = CPOTrainer.cpo_loss(fake, *(policy / (lengths if loss != "cpo" else 1)).chunk(2))[0].mean()
+    logps: Any = (policy / (lengths if loss != "cpo" else 1)).chunk(2)
+    value = CPOTrainer.cpo_loss(fake, *logps)[0].mean()
     value.backward()
     given = policy.detach().clone().requires_grad_()
     found = pair_loss(given, None, *sides, loss=loss, beta=BETA, lengths=lengths, **ours)  # pyright: ignore[reportArgumentType]
@@ -201,9 +202,10 @@ def test_orpo_without_its_likelihood_term():
     pytest.importorskip("trl", reason="the peers extra is not installed")
     from trl.experimental.orpo import ORPOTrainer  # pyright: ignore[reportMissingImports]
 
-    fake = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), beta=BETA)
+    fake: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), beta=BETA)
     policy, lengths, sides = _sums("orpo")
-    value = -ORPOTrainer.odds_ratio_loss(fake, *(policy / lengths).chunk(2))[0].mean()
+    logps: Any = (policy / lengths).chunk(2)
+    value = -ORPOTrainer.odds_ratio_loss(fake, *logps)[0].mean()
     likelihood = -(policy / lengths)[:PAIRS].mean()
     (value + likelihood).backward()
     given = policy.detach().clone().requires_grad_()

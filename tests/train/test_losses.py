@@ -73,7 +73,8 @@ def by_hand(toy: Path, loss: str, **options: Any) -> float:
     for side in ("chosen", "rejected"):
         columns = (f"{side}_logps", f"ref_{side}_logps", f"{side}_tokens")
         sides.append(Completions(*(torch.tensor([r[c] for r in records], dtype=torch.float64) for c in columns)))
-    return sum_of_losses(loss, *sides, 0.1, options).mean().item()
+    won, lost = sides
+    return sum_of_losses(loss, won, lost, 0.1, options).mean().item()
 
 
 SLOW = [pytest.param(*run, marks=pytest.mark.slow) for run in OPTIONS]
