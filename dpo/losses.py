@@ -39,12 +39,12 @@ def needs_of(entry: LossEntry) -> list[str]:
 
 
 def flags_of(options: Mapping[str, Any]) -> list[str]:
-    """Options of one loss as flags with the values they have where they are not given."""
+    """Options of one loss as flags with the values they have where they are not given, words held together."""
     shown = {"bco_baseline": "running", "ld_reference": None, "wpo": None}
     parts = []
     for name, value in options.items():
         value = shown.get(name, value)
-        parts.append("--" + name.replace("_", "-") + ("" if value is None else f" {value}"))
+        parts.append("--" + name.replace("_", "-") + ("" if value is None else f"\N{NO-BREAK SPACE}{value}"))
     return parts
 
 

@@ -18,7 +18,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 class LossOptions(TypedDict, total=False):
     """Options of losses, as keyword arguments. One that no term of the loss uses is a ValueError; one that is not given
-    has the value of the loss's own paper (`LOSSES[name].options`).
+    has the loss's own value (`LOSSES[name].options`).
     """
 
     label_smoothing: float
@@ -240,7 +240,7 @@ LOSSES: dict[str, LossEntry] = {
     "sigmoid_norm": LossEntry(
         margin_loss(formulas.sigmoid_shape, mean=True),
         "sigmoid of m = β(s_w/n_w - s_l/n_l)",
-        "Lambert et al. 2024 (Tülu 3), arXiv:2411.15124, eq. 6",
+        "Lambert et al. 2024 (Tülu 3), arXiv:2411.15124",
         _SMOOTHED | _MARGIN,
         numbers=("label_smoothing",),
         mean=True,
@@ -274,7 +274,7 @@ LOSSES: dict[str, LossEntry] = {
     "cpo": LossEntry(
         formulas.cpo,
         "sigmoid of m = β(lp_w - lp_l), less α lp_w/n_w",
-        "Xu et al. 2024, arXiv:2401.08417, eq. 5",
+        "Xu et al. 2024, arXiv:2401.08417",
         {"cpo_alpha": 1.0, "token_reduction": "mean"} | _SMOOTHED | _WPO,
         numbers=("label_smoothing", "cpo_alpha"),
         reference=False,

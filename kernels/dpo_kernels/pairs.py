@@ -69,8 +69,8 @@ def pair_terms(won: Side, lost: Side, weights: Tensor | None, call: PairCall) ->
         # A pair of weight 0 counts for nothing, whatever its loss.
         w = weights.double()
         losses, *slopes = (torch.where(w == 0, 0.0, w * part) for part in (losses, *slopes))
-    chosen, rejected = (call.beta * (s.logp / s.length if call.mean_rewards else s.delta) for s in (won, lost))
-    return PairTerms(losses, chosen, rejected, Slopes(*slopes))
+    won_reward, lost_reward = (call.beta * (s.logp / s.length if call.mean_rewards else s.delta) for s in (won, lost))
+    return PairTerms(losses, won_reward, lost_reward, Slopes(*slopes))
 
 
 def reduce_pairs(losses: Tensor, reduction: str) -> Tensor:

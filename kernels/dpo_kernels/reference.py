@@ -94,7 +94,7 @@ def pair_loss(
     zero = torch.zeros_like(policy_logps)
     ref = zero if ref_logps is None else ref_logps
     length = torch.ones_like(policy_logps) if lengths is None else lengths.to(policy_logps.dtype)
-    won, lost = (Completions(*(part[side] for part in (policy_logps, ref, length))) for side in (chosen, rejected))
+    won, lost = (Completions(policy_logps[side], ref[side], length[side]) for side in (chosen, rejected))
     losses = sum_of_losses(loss, won, lost, beta, options)
     if pair_weights is not None:
         losses = losses * pair_weights

@@ -299,3 +299,9 @@ def test_errors(change, message):
     given = {"policy_logps": torch.zeros(4), "ref_logps": torch.zeros(4), "chosen": torch.tensor([0])}
     with pytest.raises(ValueError, match=message):
         pair_loss(**(given | {"rejected": torch.tensor([1])} | change))
+
+
+def test_the_readme_has_the_table_of_the_registry():
+    from tests.kernels.loss_table import END, README, START, table
+
+    assert README.read_text().split(START)[1].split(END)[0] == table(), "python -m tests.kernels.loss_table writes it"

@@ -130,7 +130,7 @@ def test_wpo(loss):
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 2**20),
-    loss=st.sampled_from(["sigmoid", "ipo", "aot", "bco_pair", "sigmoid:1,sft:0.4"]),
+    loss=st.sampled_from(["sigmoid", "ipo", "aot", "bco_pair", "sigmoid:1,hinge:0.4"]),
     alpha=st.floats(0.0, 0.99),
 )
 def test_any_rows(seed, loss, alpha):

@@ -75,7 +75,7 @@ def trl_loss(batch: Batch, loss: list[str], **options: Any) -> tuple[Tensor, Ten
         "f_alpha_divergence_coef": 0.5, "ld_alpha": None, "use_weighting": False,
     }  # fmt: skip
     reference = Given(batch.ref.where(batch.rows, 0.0), batch.squares)
-    fake: Any = SimpleNamespace(
+    fake = SimpleNamespace(
         model=model, ref_model=reference, args=args, accelerator=accelerator, beta=BETA,
         loss_types=loss, aux_loss_enabled=False, precompute_ref_logps=False, _metrics={"train": defaultdict(list)},
         _tp_size=1, _total_train_tokens=0, **settings | options,
@@ -187,8 +187,8 @@ def test_trainers_of_their_own_without_their_likelihood_terms(loss, theirs, ours
     settings = {"alpha": 0.0, "label_smoothing": 0.0, "simpo_gamma": 0.0, "beta": BETA}
     fake: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), **settings | theirs)
     policy, lengths, sides = _sums(loss)
-    halves: Any = (policy / (lengths if loss != "cpo" else 1)).chunk(2)
-    value = CPOTrainer.cpo_loss(fake, *halves)[0].mean()
+    logps: Any = (policy / (lengths if loss != "cpo" else 1)).chunk(2)
+    value = CPOTrainer.cpo_loss(fake, *logps)[0].mean()
     value.backward()
     given = policy.detach().clone().requires_grad_()
     found = pair_loss(given, None, *sides, loss=loss, beta=BETA, lengths=lengths, **ours)  # pyright: ignore[reportArgumentType]
@@ -204,8 +204,8 @@ def test_orpo_without_its_likelihood_term():
 
     fake: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), beta=BETA)
     policy, lengths, sides = _sums("orpo")
-    halves: Any = (policy / lengths).chunk(2)
-    value = -ORPOTrainer.odds_ratio_loss(fake, *halves)[0].mean()
+    logps: Any = (policy / lengths).chunk(2)
+    value = -ORPOTrainer.odds_ratio_loss(fake, *logps)[0].mean()
     likelihood = -(policy / lengths)[:PAIRS].mean()
     (value + likelihood).backward()
     given = policy.detach().clone().requires_grad_()

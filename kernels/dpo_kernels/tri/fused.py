@@ -194,7 +194,7 @@ def fused_forward(
         work, chosen.contiguous(), rejected.contiguous(), out.logps if weights is None else weights.contiguous(),
         *out.pairs.arguments, rows.count, vocabulary, _rows.phase_of(logits), *rows.strides, length,
         options.ignore_index, inside, cap, outside, outside * LOG2_E, pairs, completions, fixed_bits(pairs), call.beta,
-        call.rows, reduction_factor(call.reduction, pairs),
+        call.term_numbers, reduction_factor(call.reduction, pairs),
         VEC=launch.vec, LANES=launch.lanes, UNROLL=launch.unroll, PEEL=_rows.is_peeled(logits, rows), SHAPE=shape,
         PADDED=completion_ids is None, TERMS=call.codes, REFERENCE=kind.value,
         MIXED=call.mixed and kind is TOKEN_REFERENCE,

@@ -222,7 +222,7 @@ class KernelCall:
         return cls(tuple(call.codes), tuple(call.numbers), call.beta, call.mean_rewards, call.reduction)
 
     @property
-    def rows(self) -> tuple[tuple[float, ...], ...]:
+    def term_numbers(self) -> tuple[tuple[float, ...], ...]:
         """The numbers of each term."""
         starts = range(0, len(self.numbers), NUMBERS_A_TERM)
         return tuple(tuple(self.numbers[i : i + NUMBERS_A_TERM]) for i in starts)

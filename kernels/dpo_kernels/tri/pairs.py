@@ -173,7 +173,7 @@ def pair_forward(
     pair_forward_kernel[(1,)](
         policy, policy if ref is None else ref.contiguous(), work if lengths is None else lengths.contiguous(), work,
         chosen.contiguous(), rejected.contiguous(), out.losses if weights is None else weights.contiguous(),
-        *out.arguments, pairs, completions, fixed_bits(pairs), call.beta, call.rows,
+        *out.arguments, pairs, completions, fixed_bits(pairs), call.beta, call.term_numbers,
         reduction_factor(call.reduction, pairs), TERMS=call.codes,
         REFERENCE=(NO_REFERENCE if ref is None else COMPLETION_REFERENCE).value, LENGTHS=call.lengths,
         MEAN_REWARDS=call.mean_rewards, WEIGHTED=weights is not None, REDUCED=call.reduction != "none", BLOCK=THREADS,
