@@ -138,7 +138,7 @@ def _details(cell: Mapping[str, Any]) -> list[str]:
         "",
         f"`{known['command']}`, commit {known['commit']}, {known['date']}, {known['cpu']},",
         f"{settings['threads']} threads, {settings['clock']} time, Python {known['python']}, {versions}.",
-        f"Tokens a step: {_tokens(cell['tokens'])} (the whole mix: {_tokens(cell['tokens_of_mix'])}).",
+        f"Tokens a step: {_tokens(cell['tokens'])}{_of_mix(cell)}.",
         *([cell["note"]] if cell.get("note") else []),
         "",
         "| ratio | measured | aim |",
@@ -149,6 +149,10 @@ def _details(cell: Mapping[str, Any]) -> list[str]:
     if "floor" in cell["sides"] and "profile" in cell:
         lines += ["", *_breakdown(cell)]
     return lines
+
+
+def _of_mix(cell: Mapping[str, Any]) -> str:
+    return f" (the whole mix: {_tokens(cell['tokens_of_mix'])})" if "tokens_of_mix" in cell else ""
 
 
 def _tokens(counts: Mapping[str, float]) -> str:
