@@ -59,6 +59,10 @@ def report(config: ReportConfig) -> Path:
     path = Path(config.output) if config.output else run.folder / "report.html"
     try:
         write_text(path, page(run))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{run.folder}: expected the records of a run, found others ({type(error).__name__}: {error})"
+        ) from error
     except OSError as error:
         raise UserError(f"--output {path}: expected a file to write to, found: {error}") from error
     say(f"wrote {path}")
@@ -304,8 +308,8 @@ def _samples(run: Run) -> str:
     for record in newest:
         rows = zip(record["reference"][:shown], record["policy"][:shown], strict=True)
         two = "".join(
-            f"<div class='two'><div><small>before: the reference</small>{escape(before)}</div>"
-            f"<div><small>after {last} steps</small>{escape(after)}</div></div>"
+            f"<div class='two'><div><small>before: the reference</small>{escape(before.strip())}</div>"
+            f"<div><small>after {last} steps</small>{escape(after.strip())}</div></div>"
             for before, after in rows
         )
         prompt = f"<div class='prompt'><small>prompt</small>{escape(record['prompt'])}</div>"
