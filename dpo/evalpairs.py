@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpo.distributed import gathered, is_main
 from dpo.durable import write_text
 from dpo.engine import StepResult
 from dpo.loss import RefLogps
@@ -26,6 +27,8 @@ class EvalPairs:
         for b, logps in result.logps:
             # summed token by token: the difference of two long sums loses digits
             reference = self.ref_logps(b)
+            if not b.members:  # the dummy of a rank that has nothing to do
+                continue
             ratios = logps.double() if reference is None else logps.double() - reference.double()
             ratios = completion_sums(ratios, b.batch).tolist()
             keys = [(group, completion) for group, held in b.members for completion in held]
@@ -50,7 +53,10 @@ class EvalPairs:
         return found
 
     def write(self, path: Path, step: int) -> list[dict[str, Any]]:
-        """Replaces the file at `path`; returns what it holds."""
+        """Replaces the file at `path`; returns what it holds. Of several ranks each has seen its pairs, and 0 writes."""
+        for theirs in gathered(self._rewards):
+            self._rewards |= theirs
         records = self.records(step)
-        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+        if is_main():
+            write_text(path, "".join(json.dumps(record) + "\n" for record in records))
         return records
