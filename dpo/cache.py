@@ -9,6 +9,7 @@ from dpo.console import say
 from dpo.cpu import keep_freed_memory
 from dpo.inputs import check_budget, check_first_bin, load_policy, load_train_and_eval, objective_of, plan_of
 from dpo.interrupt import StopSignal
+from dpo.placement import place_policy
 from dpo.refsetup import ReferenceSource, fill_store
 from dpo.rng import seed_all
 from dpo.steps import StepDataset, eval_steps
@@ -27,7 +28,8 @@ def cache(config: CacheConfig) -> Path:
     seed_all(config.seed)
     policy = load_policy(config)
     data, eval_data = load_train_and_eval(config, policy)
-    objective, plan = objective_of(config), plan_of(config, policy.model)
+    objective = objective_of(config)
+    policy, plan = place_policy(config, policy, objective, plan_of(config, policy.model))
     steps = StepDataset(data, plan)
     evals = eval_steps(eval_data, plan) if eval_data is not None else []
     check_budget(data, plan)

@@ -13,17 +13,22 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dpo.adapters import adapter_of, save_adapter
 from dpo.config import TrainConfig, to_yaml
+from dpo.distributed import gathered, is_main, on_main
 from dpo.durable import WRITE_ERRORS, new_folder, remove_folder, sweep, write_text
 from dpo.errors import UserError
+from dpo.parallel import is_sharded
+from dpo.sharded import part_weights, whole_weights
 from dpo.statefile import BadState, load_state, save_state
 
 # What may differ between a run and its continuation: how long, how often, how much memory; never what is computed.
@@ -32,7 +37,7 @@ _FREE = {
     "save_every", "keep_checkpoints", "log_every", "token_budget", "share_prefix", "padded", "check_sharing", "device",
     "head_plan", "head_workspace_mb", "kernel_backend", "gradient_checkpointing", "reference", "reference_cache",
     "log_to", "sample_prompts", "samples_per_prompt", "sample_tokens", "sample_temperature", "push_to_hub",
-    "hub_private", "two_phase", "data_workers", "max_skipped", "trust_remote_code", "max_bad_fraction",
+    "hub_private", "two_phase", "parallel", "data_workers", "max_skipped", "trust_remote_code", "max_bad_fraction",
 }  # fmt: skip
 _LOCK, _STEP = ".lock", re.compile(r"step-(\d+)")
 
@@ -73,13 +78,19 @@ def find_run(config: TrainConfig) -> Path | None:
 
 @contextmanager
 def open_run(config: TrainConfig, checkpoint: Path | None) -> Iterator[Path]:
-    """Makes the run folder, empty unless the run goes on, takes its lock, and writes `config.yaml`.
+    """Makes the run folder, empty unless the run goes on, takes its lock, and writes `config.yaml`; rank 0 does.
 
     Args:
         checkpoint: what `find_run` returned.
     Raises:
         UserError: another process has the folder, or it cannot be written.
     """
+    with ExitStack() as stack:
+        yield on_main(lambda: stack.enter_context(_open_run(config, checkpoint)))
+
+
+@contextmanager
+def _open_run(config: TrainConfig, checkpoint: Path | None) -> Iterator[Path]:
     run = Path(config.output)
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -173,13 +184,15 @@ def finished_steps(run: Path) -> int | None:
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     """Writes model (its adapter, where one trains) and tokenizer for plain Transformers and peft, aside first: a folder
-    that is there is whole."""
-    with new_folder(folder) as aside:
-        _write_model(aside, model)
-        tokenizer.save_pretrained(aside)
+    that is there is whole. All ranks call it; rank 0 writes."""
+    weights = whole_weights(model) if is_sharded(model) else None
+    if is_main():
+        with new_folder(folder) as aside:
+            _write_model(aside, model, weights)
+            tokenizer.save_pretrained(aside)
 
 
-def _write_model(folder: Path, model: Any) -> None:
+def _write_model(folder: Path, model: Any, weights: Mapping[str, Tensor] | None = None) -> None:
     if adapter_of(model) is not None:
         save_adapter(folder, model)
         return
@@ -188,7 +201,7 @@ def _write_model(folder: Path, model: Any) -> None:
     model.set_attn_implementation("eager")
     model.config._attn_implementation_internal, model.config.use_cache = None, True
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     finally:
         model.config.use_cache = cache
         model.set_attn_implementation(attention)
@@ -197,7 +210,10 @@ def _write_model(folder: Path, model: Any) -> None:
 def save_checkpoint(
     run: Path, step: int, model: Any, tokenizer: Any, state: Mapping[str, Any], *, keep: int, best: int | None = None
 ) -> Path:
-    """Writes checkpoints/step-N and then lets the oldest go.
+    """Writes checkpoints/step-N and then lets the oldest go. All ranks call it.
+
+    Sharded weights and states go to checkpoints/step-N/sharded instead of model/ and state.safetensors, each rank's
+    parts from that rank.
 
     Args:
         state: what `load_checkpoint` gives back: tensors, numbers and strings in dicts and lists.
@@ -207,28 +223,53 @@ def save_checkpoint(
         UserError: the disk is full or read-only; the checkpoints before are whole.
     """
     folder = run / "checkpoints" / f"step-{step}"
-    with writing(run):
-        folder.parent.mkdir(exist_ok=True)
-        with new_folder(folder) as aside:
-            _write_model(aside / "model", model)
-            tokenizer.save_pretrained(aside / "model")
-            save_state(aside, {"step": step, **state})
-        if best is not None:
-            write_text(folder.parent / "best.json", json.dumps({"step": best}) + "\n")
-        for old in checkpoints(run)[:-keep]:
-            if old.name != f"step-{best}":
-                remove_folder(old)
+    tree: dict[str, Any] = {"step": step, **state}
+    if is_sharded(model):
+        tree["weights"] = part_weights(model)
+    with writing(run), ExitStack() as stack:
+
+        def begin() -> Path:
+            folder.parent.mkdir(exist_ok=True)
+            aside = stack.enter_context(new_folder(folder))
+            if not is_sharded(model):
+                _write_model(aside / "model", model)
+                tokenizer.save_pretrained(aside / "model")
+            return aside
+
+        save_state(on_main(begin), tree)
+        gathered(None)  # every rank has written: rank 0 may rename
+    if is_main():
+        _keep(run, keep, best)
+    gathered(None)
     return folder
 
 
-def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """The state of a checkpoint; its weights are loaded from checkpoint/model.
+def _keep(run: Path, keep: int, best: int | None) -> None:
+    folder = run / "checkpoints"
+    with writing(run):
+        if best is not None:
+            write_text(folder / "best.json", json.dumps({"step": best}) + "\n")
+        for old in checkpoints(run)[:-keep]:
+            if old.name != f"step-{best}":
+                remove_folder(old)
 
+
+def model_folder(checkpoint: Path | None) -> str | None:
+    """Where the weights of a checkpoint are to be loaded from; None: from --model, see `load_checkpoint`."""
+    folder = None if checkpoint is None else checkpoint / "model"
+    return str(folder) if folder is not None and folder.is_dir() else None
+
+
+def load_checkpoint(checkpoint: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """The state of a checkpoint; its weights are loaded from checkpoint/model, or are in the state as "weights".
+
+    Args:
+        mesh: the ranks over which the model is sharded: parts of tensors are loaded then.
     Raises:
         UserError: it is damaged, or of another version.
     """
     try:
-        state = load_state(checkpoint)
+        state = load_state(checkpoint, mesh)
     except BadState as error:
         raise UserError(f"{checkpoint}: {error}") from error
     if not isinstance(state, dict) or f"step-{state.get('step')}" != checkpoint.name:
@@ -238,5 +279,7 @@ def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 def finish_run(run: Path, steps: int) -> None:
     """Marks the run as finished. Call it last."""
+    if not is_main():
+        return
     with writing(run):
         write_text(run / "finished.json", json.dumps({"steps": steps}) + "\n")

@@ -15,7 +15,12 @@ from transformers import PreTrainedModel
 
 from dpo.errors import UserError
 from dpo.model import head_logps, prepare, shared_logps, stock_attention
+<<<<<<< HEAD
 from dpo.packing import Group, Layout, PackedBatch, group_cost, pack
+=======
+from dpo.packing import Group, Layout, group_cost, pack
+from dpo.parallel import gathered_once
+>>>>>>> ranks
 from dpo.support import length_limit
 
 _FLOOR = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -50,7 +55,7 @@ def check_sharing(
     # precision
     wide = model.device.type == "cpu" and model.dtype in _FLOOR
     autocast = torch.autocast(model.device.type, enabled=False) if wide else nullcontext()
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), autocast, gathered_once(model):
         prepare(model, "padded")
         plain, plain_by_head = _plain_logps(model, subset)
         padded = shared_logps(model, pack(subset, layout="padded").to(model.device)).token_logps.double()

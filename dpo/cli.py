@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -16,6 +17,7 @@ from dpo.config import (
     DoctorConfig,
     LossesConfig,
     MergeConfig,
+    PlanConfig,
     ReportConfig,
     ScoreConfig,
     TrainConfig,
@@ -29,6 +31,7 @@ Command = (
     | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
     | Annotated[MergeConfig, tyro.conf.subcommand("merge")]
     | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
+    | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
     | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
     | Annotated[ReportConfig, tyro.conf.subcommand("report")]
@@ -46,22 +49,51 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"fused-dpo {__version__}")
         return
     try:
+        quiet = _one_of_several() and os.environ["RANK"] != "0"
         config: Any = tyro.cli(
             Command,  # pyright: ignore[reportArgumentType]
             prog="dpo",
             description="Direct Preference Optimization with one packed, prefix-shared forward pass.",
             args=_with_config_file(words),
+            console_outputs=not quiet,
         )
         run(config)
     except UserError as error:
-        print(f"dpo: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(f"dpo: {error}", 2)
     except Stopped as error:
-        print(f"dpo: {error}", file=sys.stderr)
-        raise SystemExit(error.status) from None
+        _end(f"dpo: {error}", error.status)
     except KeyboardInterrupt:
-        print("dpo: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        _end("dpo: interrupted", 130)
+    except Exception:
+        if not _one_of_several():
+            raise
+        _end(traceback.format_exc().rstrip(), 1)
+
+
+def _together(function: Callable[[Any], object], config: Any) -> None:
+    """Runs a command with the other processes that torchrun started, where it did."""
+    from dpo.console import console
+    from dpo.distributed import is_main, joined
+    from dpo.inputs import resolve_device
+
+    with joined(resolve_device(config.device).type):
+        console.quiet = not is_main()
+        function(config)
+
+
+def _one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def _end(message: str, status: int) -> NoReturn:
+    """Prints a message and ends the process; under torchrun it ends every rank, and one of them prints."""
+    if _one_of_several() and "torch" in sys.modules:
+        from dpo.distributed import end_all
+
+        end_all(message, status)
+    if not _one_of_several() or os.environ["RANK"] == "0":
+        print(message, file=sys.stderr)
+    raise SystemExit(status) from None
 
 
 def run(config: Any) -> None:
@@ -70,11 +102,13 @@ def run(config: Any) -> None:
     if isinstance(config, TrainConfig):
         from dpo.train import train
 
-        train(config)
+        _together(train, config)
     elif isinstance(config, CacheConfig):
         from dpo.cache import cache
 
-        cache(config)
+        _together(cache, config)
+    elif _one_of_several():
+        raise UserError("torchrun: expected dpo train or dpo cache, found a command for one process")
     elif isinstance(config, ScoreConfig):
         from dpo.score import score
 
@@ -96,6 +130,10 @@ def run(config: Any) -> None:
         from dpo.losses import print_losses
 
         print_losses(config)
+    elif isinstance(config, PlanConfig):
+        from dpo.plan_memory import plan
+
+        plan(config)
     else:
         from dpo.demo.run import demo
 

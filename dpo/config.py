@@ -126,6 +126,8 @@ class DataConfig(InputConfig):
     """Folder of the reference's log-probs, shared by runs. None: fused-dpo/references in the user's cache folder."""
     param_dtype: Literal["fp32", "bf16"] = "fp32"
     """How parameters are stored. bf16 needs --dtype bf16; see --bf16-update."""
+    parallel: Literal["auto", "fsdp", "ddp"] = "auto"
+    """Under torchrun: weights sharded over the ranks (FSDP2), or whole on each (DDP). auto: by what they take."""
     seed: int = 0
     """Seed of the order of the data, and of the held-out split."""
 
@@ -370,6 +372,48 @@ class LossesConfig:
 
     loss: str | None = None
     """Only these, such as ipo or sigmoid,sft. None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Size a run: memory on each rank for a model, a batch and a mode, without loading anything."""
+
+    model: str
+    """A model id, a folder, a config.json, or 1b, 8b, 70b for a Llama of that size. Only the configuration is read."""
+    token_budget: int = 8192
+    """Tokens of a bin."""
+    completion_share: float = 0.5
+    """How many of a bin's tokens belong to completions, and reach the LM head."""
+    bins: int = 2
+    """Bins in a step of a rank. With one, gradients and activations are never whole at the same time."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic, as of dpo train; parameters, gradients and optimizer are fp32."""
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    """As of dpo train."""
+    reference: Literal["cached", "online"] = "cached"
+    """As of dpo train. online holds a second model."""
+    gradient_checkpointing: bool = False
+    """As of dpo train."""
+    head_workspace_mb: int | None = None
+    """As of dpo train."""
+    ranks: int = 1
+    """Processes, one a GPU."""
+    parallel: Literal["auto", "fsdp", "ddp"] = "auto"
+    """As of dpo train."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """What the run is for; none is needed here."""
+    memory_gib: float = 80.0
+    """Memory of a rank: decides --parallel auto, and what is said to fit."""
+    json: bool = False
+    """Print JSON, in bytes."""
+    trust_remote_code: bool = False
+    """Run configuration code that comes with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "bins", "ranks", "memory_gib", "head_workspace_mb"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, _flag(name), "a positive number", value)
+        _require(0 < self.completion_share <= 1, "--completion-share", "0 < value <= 1", self.completion_share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo.distributed import all_sum, is_main
 from dpo.loss import CoupledLoss, Objective, RefLogps, bin_loss, coupled_backward, coupled_loss
 from dpo.metrics import PairSums, completion_sums
+from dpo.parallel import gathered_once, last_of_step
 from dpo.steps import Bin, StepBatch
 
 
@@ -33,24 +35,29 @@ def forward_backward(
 ) -> StepResult:
     """Forward and backward of all bins of a step; gradients accumulate in the parameters. Waits for nothing.
 
+    Sums and gradients are those of all ranks.
+
     Args:
         loss_scale: what gradients are multiplied by, for fp16. The loss that is reported is not.
     """
     result = StepResult(PairSums(step.all_bins[0].batch.input_ids.device), [])
-    for b in step.bins:
-        out = bin_loss(model, b.batch, ref_logps(b), objective)
-        (out.loss * loss_scale).backward()
-        _record(result, b, out.token_logps, out)
-    if step.coupled is not None:
-        out = coupled_loss(model, step.coupled, ref_logps, objective)
-        coupled_backward(model, step.coupled, out, objective, loss_scale)
-        _record_coupled(result, step, out)
+    with gathered_once(model):
+        for b in step.bins:
+            last_of_step(model, step.coupled is None and b is step.bins[-1])
+            out = bin_loss(model, b.batch, ref_logps(b), objective)
+            (out.loss * loss_scale).backward()
+            _record(result, b, out.token_logps, out)
+        if step.coupled is not None:
+            out = coupled_loss(model, step.coupled, ref_logps, objective)
+            coupled_backward(model, step.coupled, out, objective, loss_scale)
+            _record_coupled(result, step, out)
+    all_sum(result.sums.sums)
     return result
 
 
 @torch.no_grad()
 def forward_only(model: Any, step: StepBatch, ref_logps: RefLogps, objective: Objective) -> StepResult:
-    """The same numbers without gradients."""
+    """The same numbers without gradients; sums are those of this rank's bins."""
     result = StepResult(PairSums(step.all_bins[0].batch.input_ids.device), [])
     for b in step.bins:
         out = bin_loss(model, b.batch, ref_logps(b), objective)
@@ -74,9 +81,6 @@ def _record(result: StepResult, b: Bin, logps: Tensor, out: Any, share: float = 
 def _record_coupled(result: StepResult, step: StepBatch, out: CoupledLoss) -> None:
     coupled = step.coupled
     assert coupled is not None
-    result.sums.add(
-        loss=out.loss, chosen_rewards=out.chosen_rewards, rejected_rewards=out.rejected_rewards, share=step.share
-    )
     device = coupled.chosen.device
     sums = torch.zeros(coupled.num_completions, dtype=torch.float64, device=device)
     lengths = torch.zeros(coupled.num_completions, dtype=torch.int64, device=device)
@@ -84,9 +88,21 @@ def _record_coupled(result: StepResult, step: StepBatch, out: CoupledLoss) -> No
         sums[b.completions] = completion_sums(logps, b.batch)
         lengths[b.completions] = b.batch.completion_lengths.to(device)
         result.logps.append((b, logps))
+<<<<<<< HEAD
     result.sums.add_logps(sums, lengths, coupled.chosen, coupled.rejected)
     result.sums.add_lengths(out.chosen_rewards - out.rejected_rewards, lengths, coupled.chosen, coupled.rejected)
     result.rewards.append((coupled.groups, out.chosen_rewards, out.rejected_rewards))
+=======
+    all_sum(sums)
+    all_sum(lengths)
+    if is_main():  # every rank has the comparisons of all
+        result.sums.add(
+            loss=out.loss, chosen_rewards=out.chosen_rewards, rejected_rewards=out.rejected_rewards, share=step.share
+        )
+        result.sums.add_logps(sums, lengths, coupled.chosen, coupled.rejected)
+        margins = out.chosen_rewards - out.rejected_rewards
+        result.sums.add_lengths(margins, lengths, coupled.chosen, coupled.rejected)
+>>>>>>> ranks
 
 
 def evaluate(
@@ -104,11 +120,13 @@ def evaluate(
     training = model.training
     model.eval()
     total = PairSums(device)
-    for step in steps:
-        moved = step.to(device)
-        result = forward_only(model, moved, ref_logps, objective)
-        total.sums += result.sums.sums
-        if see is not None:
-            see(moved, result)
+    with gathered_once(model):
+        for step in steps:
+            moved = step.to(device)
+            result = forward_only(model, moved, ref_logps, objective)
+            total.sums += result.sums.sums
+            if see is not None:
+                see(moved, result)
     model.train(training)
+    all_sum(total.sums)
     return total.read()

@@ -25,6 +25,7 @@ from dpo.checks import check_sharing
 from dpo.config import DataConfig, InputConfig, TrainConfig
 from dpo.console import notice, say
 from dpo.data import PreferenceData, load_preferences, split_off
+from dpo.distributed import launched, local_rank
 from dpo.errors import UserError
 from dpo.load import eos_token_ids, load_model, load_tokenizer
 from dpo.loss import Objective
@@ -46,10 +47,14 @@ class Policy:
     model: Any
     tokenizer: Any
     device: torch.device
+    parallel: str = "none"
+    """How ranks share the model: none, ddp or fsdp."""
 
 
 def resolve_device(name: str) -> torch.device:
     """The device that --device names."""
+    if launched() and torch.cuda.is_available() and name in ("auto", "cuda"):
+        return torch.device("cuda", local_rank())
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -85,7 +90,8 @@ def load_network(
 
 
 def _make_ready(config: InputConfig, model: Any) -> Any:
-    model.to(resolve_device(config.device))
+    if not launched():  # else see dpo.placement
+        model.to(resolve_device(config.device))
     prepare(model, config.layout)
     return model
 

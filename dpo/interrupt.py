@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from dpo.console import notice
+from dpo.distributed import gathered, ranks
 from dpo.errors import Stopped
 
 Item = TypeVar("Item")
@@ -43,20 +44,27 @@ class StopSignal:
         self.received = number
         notice(f"{signal.Signals(number).name}: saving, then stopping (once more: stop at once)")
 
+    def asked(self) -> bool:
+        """Whether a signal came, to this rank or to another: all ranks ask together, and stop at the same point."""
+        if ranks() > 1:
+            first = max(number or 0 for number in gathered(self.received))
+            self.received = first or None
+        return self.received is not None
+
     def check(self, saved: str) -> None:
         """Raises Stopped if a signal came.
 
         Args:
             saved: what is on the disk, for the message.
         """
-        if self.received is not None:
+        if self.asked() and self.received is not None:
             name = signal.Signals(self.received).name
             raise Stopped(f"stopped by {name}; {saved}; go on with --resume auto", 128 + self.received)
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, up to the signal; then Interrupted, which the caller takes as: save what is there, and `check`."""
         for item in items:
-            if self.received is not None:
+            if self.asked():
                 raise Interrupted
             yield item
 

@@ -24,8 +24,10 @@ from dpo_kernels.backends import resolve_backend
 from torch import Tensor
 
 from dpo.baseline import RunningBaseline
+from dpo.distributed import gathered_rows, rank
 from dpo.model import head_of, trunk
 from dpo.packing import PackedBatch
+from dpo.parallel import inside, last_of_step
 from dpo.steps import Bin, Coupled
 
 RefLogps = Callable[[Bin], Tensor | None]
@@ -75,12 +77,15 @@ def token_logps(model: Any, batch: PackedBatch, objective: Objective) -> Tensor:
 
 
 def _token_stats(model: Any, batch: PackedBatch, objective: Objective, stats: tuple[str, ...]) -> TokenStats:
-    with objective.precision(batch.input_ids.device):
+    def run() -> TokenStats:
         hidden, head = trunk(model, batch), head_of(model)
         found = linear_token_logps(
             hidden, head.weight, batch.targets, **head.arguments, stats=stats, **objective.head_options
         )
-    return found if isinstance(found, TokenStats) else TokenStats(found)
+        return found if isinstance(found, TokenStats) else TokenStats(found)
+
+    with objective.precision(batch.input_ids.device):
+        return inside(model, run)
 
 
 def bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor | None, objective: Objective) -> LinearPairLoss:
@@ -94,7 +99,8 @@ def bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor | None, objective
     if batch.rankings is not None:
         assert ref_logps is not None
         return _ranked_bin_loss(model, batch, ref_logps, objective)
-    with objective.precision(batch.input_ids.device):
+
+    def run() -> LinearPairLoss:
         hidden, head = trunk(model, batch), head_of(model)
         return linear_dpo_loss(
             hidden,
@@ -111,6 +117,9 @@ def bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor | None, objective
             **objective.loss_options,
             **objective.head_options,
         )
+
+    with objective.precision(batch.input_ids.device):
+        return inside(model, run)
 
 
 def _ranked_bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor, objective: Objective) -> LinearPairLoss:
@@ -184,52 +193,59 @@ def coupled_loss(
             generators.append(_generator(b.batch.input_ids.device))
             held.append(_token_stats(model, b.batch, objective, ("log_sum_sq",) if objective.call.wpo else ()))
             references.append(ref_logps(b))
-    logps = torch.cat([stats.logps for stats in held]).double().requires_grad_()
-    ref = [part.double() for part in references if part is not None]
-    ids = torch.cat([b.completions[b.batch.completion_ids] for b in coupled.bins])
+    parts = gathered_rows(torch.cat([stats.logps for stats in held]))
+    logps = torch.cat(parts).double().requires_grad_()
+    ref = _of_all_ranks([part.double() for part in references if part is not None])
+    ids = _of_all_ranks([b.completions[b.batch.completion_ids] for b in coupled.bins])
+    squares = _of_all_ranks([stats.log_sum_sq for stats in held if stats.log_sum_sq is not None])
+    assert ids is not None
     phase = _rankings_of_step if coupled.rankings is not None else _pairs_of_step
-    loss, chosen, rejected = phase(logps, torch.cat(ref) if ref else None, ids, held, coupled, objective, learn)
+    step = StepRows(ref, ids, squares, held[0].logps.dtype)
+    loss, chosen, rejected = phase(logps, step, coupled, objective, learn)
     (grads,) = torch.autograd.grad(loss, logps)
-    parts = grads.split([stats.logps.numel() for stats in held])
+    mine = grads.split([part.numel() for part in parts])[rank()].split([stats.logps.numel() for stats in held])
     held_logps = tuple(stats.logps for stats in held)
-    return CoupledLoss(loss.detach(), chosen, rejected, held_logps, parts, tuple(generators))
+    return CoupledLoss(loss.detach(), chosen, rejected, held_logps, mine, tuple(generators))
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """What a step's loss takes of every completion row of all bins and ranks, [N] each, beside its log-probs."""
+
+    ref: Tensor | None
+    ids: Tensor
+    log_sum_sq: Tensor | None
+    dtype: torch.dtype
+    """Of the log-probs as they were computed."""
+
+
+def _of_all_ranks(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat(gathered_rows(torch.cat(parts))) if parts else None
 
 
 @torch.enable_grad()
 def _rankings_of_step(
-    logps: Tensor,
-    ref: Tensor | None,
-    ids: Tensor,
-    held: list[TokenStats],
-    coupled: Coupled,
-    objective: Objective,
-    learn: bool,
+    logps: Tensor, step: StepRows, coupled: Coupled, objective: Objective, learn: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a step's rankings, with the rewards of the pairs that they decide."""
-    assert ref is not None
+    assert step.ref is not None
     assert coupled.rankings is not None
-    delta = segment_sum(logps - ref, ids, coupled.num_completions)
-    loss = plackett_luce(delta, coupled.rankings, coupled.ranking_weights, held[0].logps.dtype, objective)
+    delta = segment_sum(logps - step.ref, step.ids, coupled.num_completions)
+    loss = plackett_luce(delta, coupled.rankings, coupled.ranking_weights, step.dtype, objective)
     rewards = objective.beta * delta.detach()
     return loss, rewards[coupled.chosen], rewards[coupled.rejected]
 
 
 @torch.enable_grad()
 def _pairs_of_step(
-    logps: Tensor,
-    ref: Tensor | None,
-    ids: Tensor,
-    held: list[TokenStats],
-    coupled: Coupled,
-    objective: Objective,
-    learn: bool,
+    logps: Tensor, step: StepRows, coupled: Coupled, objective: Objective, learn: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a step's pairs, with their rewards; a running baseline learns from them first."""
     call = objective.call
-    arguments = logps, ref, ids, coupled.chosen, coupled.rejected
+    arguments = logps, step.ref, step.ids, coupled.chosen, coupled.rejected
     settings: dict[str, Any] = {
         **objective.loss_options,
-        "log_sum_sq": torch.cat([s.log_sum_sq for s in held if s.log_sum_sq is not None]) if call.wpo else None,
+        "log_sum_sq": step.log_sum_sq,
         "num_completions": coupled.num_completions,
         # a loss that sorts the step's pairs cannot weigh them: it has them all, each alike
         "reduction": "mean" if call.coupled == "batch" else "sum",
@@ -248,13 +264,14 @@ def _pairs_of_step(
 def coupled_backward(
     model: Any, coupled: Coupled, first: CoupledLoss, objective: Objective, loss_scale: Tensor | float = 1.0
 ) -> None:
-    """Second phase: forward and backward of every bin with dL/dlp_t fixed, and with the dropout of the first phase.
+    """Second phase, a step's last: forward and backward of every bin with dL/dlp_t fixed, and with the dropout of the first phase.
 
     Args:
         loss_scale: what gradients are multiplied by, for fp16.
     """
     for b, g, state in zip(coupled.bins, first.token_grads, first.generators, strict=True):
         device = b.batch.input_ids.device
+        last_of_step(model, b is coupled.bins[-1])
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
             logps = token_logps(model, b.batch, objective)

@@ -10,11 +10,12 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from dpo.distributed import on_main
 from dpo.durable import write_text
 from dpo.packing import PackedBatch
 
@@ -113,24 +114,33 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class JsonLines:
-    """Appends one JSON object a line; on resume, drops the lines from `before_step` on."""
+    """Appends one JSON object a line; on resume, drops the lines from `before_step` on. Of several ranks, 0 writes."""
+
+    file: TextIO | None = None
 
     def __init__(self, path: Path, before_step: int = 0) -> None:
+        self.kept = on_main(lambda: self._open(path, before_step))
+
+    def _open(self, path: Path, before_step: int) -> list[dict[str, Any]]:
         lines = read_json_lines(path) if path.exists() else []
-        self.kept = [line for line in lines if line.get("step", before_step) < before_step]
-        write_text(path, "".join(map(_line, self.kept)))
+        kept = [line for line in lines if line.get("step", before_step) < before_step]
+        write_text(path, "".join(map(_line, kept)))
         self.file = path.open("a", encoding="utf-8")
+        return kept
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(_line(record))
-        self.file.flush()
+        if self.file is not None:
+            self.file.write(_line(record))
+            self.file.flush()
 
     def sync(self) -> None:
         """Waits until all lines are on the disk."""
-        os.fsync(self.file.fileno())
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def _line(record: dict[str, Any]) -> str:

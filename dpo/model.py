@@ -22,6 +22,7 @@ from dpo.cpu import use_fast_products
 from dpo.errors import PackingError, UserError
 from dpo.load import eos_token_ids, load_model, load_tokenizer
 from dpo.packing import Layout, PackedBatch
+from dpo.parallel import inside
 from dpo.support import refuse_lengths, refuse_unsupported
 
 __all__ = [
@@ -170,6 +171,10 @@ def head_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, **head_o
 
     fp32, float64 for float64 hidden rows. head_options: of `dpo_kernels.linear_token_logps` (temperature, plan, ...).
     """
+    return inside(model, lambda: _head_logps(model, hidden, targets, **head_options))
+
+
+def _head_logps(model: PreTrainedModel, hidden: Tensor, targets: Tensor, **head_options: Any) -> Tensor:
     head = head_of(model)
     logps = linear_token_logps(hidden, head.weight, targets, **head.arguments, **head_options)
     assert isinstance(logps, Tensor)  # and no statistics, which nobody asked for
@@ -185,7 +190,7 @@ def shared_logps(model: PreTrainedModel, batch: PackedBatch, **head_options: Any
     """
     if (batch.segments is not None) != (model.config._attn_implementation == ATTENTION):
         prepare(model, batch.layout)
-    token_logps = head_logps(model, trunk(model, batch), batch.targets, **head_options)
+    token_logps = inside(model, lambda: _head_logps(model, trunk(model, batch), batch.targets, **head_options))
     # fp32 sums of hundreds of log-probs lose the digits that a log ratio needs
     sums = token_logps.new_zeros(batch.num_completions, dtype=torch.float64)
     return LogPs(token_logps, sums.index_add(0, batch.completion_ids, token_logps.double()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dpo.errors import UserError
@@ -188,6 +189,8 @@ def apply_update(
         weights = Weights([p for group in optimizer.param_groups for p in group["params"]])
     grads = weights.grads()
     norm = torch.nn.utils.get_total_norm(grads)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     scale = torch.ones_like(norm) if loss_scale is None else loss_scale.scale.to(norm.dtype, copy=True)
     norm = norm / scale
     good_loss = torch.isfinite(loss.to(norm.device))

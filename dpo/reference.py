@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.adapters import as_reference, factors
+from dpo.distributed import gathered, ranks
 from dpo.loss import Objective, token_logps
 from dpo.steps import Bin, Preferences, StepBatch
 from dpo.store import token_keys
@@ -102,6 +103,7 @@ class Holder(Protocol):
     def put(self, key: Any, logps: Tensor, /) -> None: ...
     def commit(self) -> None: ...
     def flush(self) -> None: ...
+    def exchange(self) -> None: ...
 
 
 class InMemory(dict[Any, Tensor]):
@@ -112,6 +114,13 @@ class InMemory(dict[Any, Tensor]):
 
     def commit(self) -> None: ...
     def flush(self) -> None: ...
+
+    def exchange(self) -> None:
+        """Takes over what the other ranks hold; what a rank has computed itself stays."""
+        flat = torch.cat(list(self.values())) if self else torch.empty(0)
+        for keys, lengths, logps in gathered((list(self), [len(part) for part in self.values()], flat)):
+            for key, part in zip(keys, logps.split(lengths) if keys else (), strict=True):
+                self.put(key, part)
 
 
 class CachedReference:
@@ -151,7 +160,7 @@ class CachedReference:
         device: torch.device,
         advance: Callable[[StepBatch], None] = lambda step: None,
     ) -> None:
-        """Computes what the steps need and is not there yet.
+        """Computes what the steps need and is not there yet; of several ranks each its bins, and all hold everything.
 
         Args:
             advance: called after each step, for progress.
@@ -161,15 +170,19 @@ class CachedReference:
             for step in steps:
                 for b in step.all_bins:
                     keys = self._of(b)
-                    if all(key in self._held for key in keys):
+                    # ranks that share a model run every bin together
+                    if ranks() == 1 and all(key in self._held for key in keys):
                         continue
                     logps = online(b.to(device)).cpu()
-                    for key, part in zip(keys, logps.split(b.batch.completion_lengths.tolist()), strict=True):
-                        self._held.put(key, part)
+                    if keys:  # an empty bin has none
+                        for key, part in zip(keys, logps.split(b.batch.completion_lengths.tolist()), strict=True):
+                            self._held.put(key, part)
                 self._held.commit()
                 advance(step)
         finally:
             self._held.flush()
+        if ranks() > 1:
+            self._held.exchange()
 
     def total(self, group: int, completion: int, *, minus: CachedReference | None = None) -> float:
         """Sum over one completion's tokens, in float64; of the difference to another model's log-probs where given."""
@@ -180,5 +193,7 @@ class CachedReference:
 
     def __call__(self, b: Bin) -> Tensor:
         """Per-token log-probs [N] of the bin, on the bin's device."""
+        if not b.members:
+            return torch.zeros(len(b.batch.targets), device=b.batch.input_ids.device)
         held = [self._held[key] for key in self._of(b)]
         return torch.cat(held).to(b.batch.input_ids.device, non_blocking=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 
@@ -14,11 +14,13 @@ from dpo import __version__
 from dpo.adapters import adapter_of, as_reference
 from dpo.config import DataConfig, TrainConfig
 from dpo.console import Bar
+from dpo.distributed import gathered
 from dpo.errors import UserError
 from dpo.fingerprint import FileDigests, digest_of, model_digest
 from dpo.inputs import Policy, load_network
 from dpo.interrupt import StopSignal
 from dpo.loss import Objective, RefLogps
+from dpo.placement import place_model
 from dpo.reference import (
     AdapterOffReference,
     CachedReference,
@@ -29,6 +31,8 @@ from dpo.reference import (
 )
 from dpo.steps import Preferences, StepBatch, StepDataset
 from dpo.store import ReferenceStore, default_root
+
+Item = TypeVar("Item")
 
 
 class ReferenceSource:
@@ -83,7 +87,10 @@ class ReferenceSource:
         model = load_network(self.config, path, flag="--reference-model", adapter=adapter)
         if _vocabulary(model) != _vocabulary(self.policy.model):
             raise UserError("--reference-model: expected the policy's vocabulary, found one of another size")
-        return freeze(model, self.objective, cast=cast)
+        # what FSDP gathers is in autocast's dtype in any case
+        freeze(model, self.objective, cast=cast and self.policy.parallel != "fsdp")
+        place_model(model, self.policy.parallel, self.policy, self.objective)
+        return model
 
     def identity(self) -> dict[str, Any]:
         """Everything that the reference's log-probs depend on, the tokens aside."""
@@ -181,6 +188,12 @@ def set_up_references(
     return known, online
 
 
+def _lacking_anywhere(items: Sequence[Item], holds: Callable[[Item], bool]) -> list[Item]:
+    """The items that some rank lacks something of: all ranks compute them together."""
+    found = gathered([not holds(item) for item in items])
+    return [item for item, lacks in zip(items, zip(*found, strict=True), strict=True) if any(lacks)]
+
+
 def fill_store(
     source: ReferenceSource,
     store: ReferenceStore,
@@ -192,8 +205,8 @@ def fill_store(
 ) -> tuple[CachedReference, CachedReference]:
     """Computes what the store lacks of the steps' first uses and of the held-out data; only then is a model loaded."""
     train, held_out = CachedReference(store, data), CachedReference(store, eval_data)
-    uses = [] if steps is None else [i for i in steps.first_uses() if not train.holds(steps.steps[i][1])]
-    lacking = [step for step in evals if not held_out.holds([i for b in step.all_bins for i, _ in b.members])]
+    uses = [] if steps is None else _lacking_anywhere(steps.first_uses(), lambda i: train.holds(steps.steps[i][1]))
+    lacking = _lacking_anywhere(evals, lambda step: held_out.holds([i for b in step.all_bins for i, _ in b.members]))
     if not uses and not lacking:
         return train, held_out
     config, device = source.config, source.policy.device

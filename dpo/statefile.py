@@ -13,6 +13,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from dpo.distributed import is_main
+from dpo.sharded import load_parts, save_parts, spread_like
 
 _FORMAT = 1
 
@@ -22,16 +27,23 @@ class BadState(Exception):
 
 
 def save_state(folder: Path, tree: Any) -> None:
-    """Writes state.json and state.safetensors into a folder, neither of them aside: see `dpo.durable`."""
+    """Writes state.json and state.safetensors into a folder, neither of them aside: see `dpo.durable`.
+
+    All ranks call it, with trees of one structure; what they hold parts of goes to sharded/, see `dpo.sharded`.
+    """
     tensors = _Tensors()
     skeleton = _encode(tree, "", tensors)
+    if tensors.parts:
+        save_parts(folder, tensors.parts)
+    if not is_main():
+        return
     save_file(tensors.held, folder / "state.safetensors")
     text = json.dumps({"format": _FORMAT, "state": skeleton})
     (folder / "state.json").write_text(text, encoding="utf-8")
 
 
-def load_state(folder: Path) -> Any:
-    """The tree of `save_state`, with its tensors on the CPU.
+def load_state(folder: Path, mesh: DeviceMesh | None = None) -> Any:
+    """The tree of `save_state`, with its tensors on the CPU; given a mesh, those below "parts" sharded over it.
 
     Raises:
         BadState: a file is missing, is not what it should be, or is of another format.
@@ -45,6 +57,9 @@ def load_state(folder: Path) -> Any:
         found = content.get("format") if isinstance(content, dict) else content
         raise BadState(f"expected state.json of format {_FORMAT}, found {found!r}")
     try:
+        tensors |= load_parts(folder, mesh)
+        if mesh is not None:  # written by one process: a part's tensors have the shapes of its parameters
+            tensors = {k: spread_like(v, mesh) if k.startswith("/parts/") else v for k, v in tensors.items()}
         return _decode(content["state"], tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadState(f"expected a state whose parts are all there, found: {error!r}") from error
@@ -55,11 +70,15 @@ class _Tensors:
 
     def __init__(self) -> None:
         self.held: dict[str, Tensor] = {}
+        self.parts: dict[str, DTensor] = {}
         self._memory: set[int] = set()
 
     def add(self, name: str, value: Tensor) -> None:
-        if name in self.held:
+        if name in self.held or name in self.parts:
             raise TypeError(f"{name}: expected keys that differ as strings, found two that do not")
+        if isinstance(value, DTensor):
+            self.parts[name] = value.detach()  # pyright: ignore[reportArgumentType]
+            return
         value = value.detach().cpu().contiguous()
         memory = value.untyped_storage().data_ptr()
         self.held[name] = value.clone() if memory in self._memory else value

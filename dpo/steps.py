@@ -7,7 +7,7 @@ C completions, T pairs of a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from dpo.balance import Cost, balanced_bins
 from dpo.packing import Group, Layout, PackedBatch, group_cost, pack, plan_groups, ranking_table, split_group
 from dpo.rng import seed_all
 
@@ -36,7 +37,8 @@ class Bin:
 
     batch: PackedBatch
     members: tuple[tuple[int, tuple[int, ...]], ...]
-    """(index of the group in the data, which of its completions), in the order of the batch."""
+    """(index of the group in the data, which of its completions), in the order of the batch. Nothing: an empty bin,
+    which runs one dummy token so that this rank takes part in what the others do, and has no pairs."""
     completions: Tensor
     """[completions of the batch] int64: their numbers in `Coupled`; empty where nothing is coupled."""
 
@@ -52,7 +54,10 @@ class Bin:
 
 @dataclass(frozen=True)
 class Coupled:
-    """Comparisons whose completions lie in different bins: they need the two-phase form."""
+    """Comparisons whose completions lie in different bins: they need the two-phase form.
+
+    The bins are this rank's, the comparisons and the numbers of completions those of all ranks.
+    """
 
     bins: tuple[Bin, ...]
     chosen: Tensor
@@ -84,7 +89,10 @@ class Coupled:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Everything a step computes: bins that stand alone, and those coupled by their comparisons."""
+    """Everything a step computes on this rank: bins that stand alone, and those coupled by their comparisons.
+
+    The numbers are those of the whole step.
+    """
 
     index: int
     epoch: int
@@ -96,7 +104,7 @@ class StepBatch:
     num_tokens: int
     num_groups: int
     fill: float
-    """Tokens over bins * budget."""
+    """Tokens over bins * budget, of all ranks."""
     share: float = 1.0
     """Weight of this step's loss in the whole that it is a part of (evaluation runs in chunks)."""
 
@@ -128,6 +136,11 @@ class StepPlan:
     seed: int = 0
     length_limit: int | None = None
     """Sequences up to so many tokens and longer ones never share a bin (`dpo.support.length_limit`)."""
+    ranks: int = 1
+    rank: int = 0
+    """Which of `ranks` this process is: it packs its own bins only."""
+    cost: Cost = field(default_factory=Cost)
+    """What balances the bins of several ranks."""
 
 
 def draw_epoch(pairs: Sequence[int], plan: StepPlan, epoch: int) -> list[list[int]]:
@@ -179,17 +192,20 @@ def build_step(
     ]
     whole = [k for k, fit in enumerate(fits) if fit and not plan.two_phase]
     apart = [k for k in range(len(held)) if k not in set(whole)]
-    parts = [(k, tuple(range(len(held[k].completions))), held[k]) for k in whole]
-    bins = _pack_parts(parts, groups, plan)
+    parts = [_Part(k, tuple(range(len(held[k].completions))), held[k]) for k in whole]
+    packed = _pack_parts(parts, groups, plan)
+    bins = list(packed.bins)
     position = {group: k for k, group in enumerate(groups)}
     for k, b in enumerate(bins):
         places = [position[i] for i, _ in b.members]
         for_pairs, for_rankings = _weights_of([held[p] for p in places], [weights[p] for p in places])
         batch = replace(b.batch, pair_weights=for_pairs, ranking_weights=for_rankings)
         bins[k] = replace(b, batch=batch)
-    coupled = _couple([(k, held[k]) for k in apart], groups, weights, plan) if apart else None
-    everything = (*bins, *(coupled.bins if coupled else ()))
-    tokens = sum(b.batch.num_tokens for b in everything)
+    coupled, apart_packed = None, _Packed([], 0)
+    if apart:
+        coupled, apart_packed = _couple([(k, held[k]) for k in apart], groups, weights, plan)
+    tokens = packed.tokens + apart_packed.tokens
+    room = (len(packed.bins) + len(apart_packed.bins)) * plan.ranks * plan.token_budget
     return StepBatch(
         index=index,
         epoch=epoch,
@@ -199,26 +215,62 @@ def build_step(
         num_comparisons=sum(group.num_comparisons for group in held),
         num_tokens=tokens,
         num_groups=len(held),
-        fill=tokens / (len(everything) * plan.token_budget) if everything else 0.0,
+        fill=tokens / room if room else 0.0,
     )
 
 
-def _pack_parts(
-    parts: Sequence[tuple[int, tuple[int, ...], Group]], groups: Sequence[int], plan: StepPlan
-) -> list[Bin]:
-    """Packs (position in the step, completions, group of just these completions) into bins under the budget."""
-    bins = []
-    for together in _by_regime(parts, plan.length_limit):
-        for members in plan_groups([part for _, _, part in together], plan.token_budget, plan.layout).bins:
-            chosen = [together[m] for m in members]
-            bins.append(
-                Bin(
-                    batch=pack([part for _, _, part in chosen], layout=plan.layout),
-                    members=tuple((groups[k], completions) for k, completions, _ in chosen),
-                    completions=torch.empty(0, dtype=torch.int64),
-                )
-            )
-    return bins
+@dataclass(frozen=True)
+class _Part:
+    """Some of a group's completions: the group's position in the step, which completions, a group of just these."""
+
+    position: int
+    completions: tuple[int, ...]
+    group: Group
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """This rank's bins, and the tokens of all ranks' bins."""
+
+    bins: list[Bin]
+    tokens: int
+
+
+def _pack_parts(parts: Sequence[_Part], groups: Sequence[int], plan: StepPlan) -> _Packed:
+    """Packs parts into bins under the budget, the same number on every rank, and builds this rank's."""
+    kinds = [_pack_alike(together, groups, plan) for together in _by_regime(parts, plan.length_limit)]
+    return _Packed([b for kind in kinds for b in kind.bins], sum(kind.tokens for kind in kinds))
+
+
+def _pack_alike(parts: Sequence[_Part], groups: Sequence[int], plan: StepPlan) -> _Packed:
+    held = [part.group for part in parts]
+    if plan.ranks == 1:
+        everyone = [plan_groups(held, plan.token_budget, plan.layout).bins]
+    else:
+        rows = [len(group.completions) for group in held] if plan.layout == "padded" else None
+        sizes = [group_cost(group, plan.layout) for group in held]
+        costs = [plan.cost.of(group, plan.layout) for group in held]
+        everyone = balanced_bins(sizes, costs, plan.token_budget, plan.ranks, rows=rows)
+    tokens = sum(_tokens([held[m] for m in members], plan.layout) for bins in everyone for members in bins)
+    return _Packed([_bin([parts[m] for m in members], groups, plan.layout) for members in everyone[plan.rank]], tokens)
+
+
+def _bin(parts: Sequence[_Part], groups: Sequence[int], layout: Layout) -> Bin:
+    return Bin(
+        batch=pack([part.group for part in parts] or [_DUMMY], layout=layout),
+        members=tuple((groups[part.position], part.completions) for part in parts),
+        completions=torch.empty(0, dtype=torch.int64),
+    )
+
+
+_DUMMY = Group([0], [[0]], ())
+
+
+def _tokens(held: Sequence[Group], layout: Layout) -> int:
+    if layout != "padded":
+        return sum(group_cost(group, layout) for group in held)
+    widest = max((group_cost(group, layout) // len(group.completions) for group in held), default=0)
+    return widest * sum(len(group.completions) for group in held)
 
 
 def _regimes(group: Group, limit: int | None) -> list[tuple[int, ...]]:
@@ -231,12 +283,10 @@ def _regimes(group: Group, limit: int | None) -> list[tuple[int, ...]]:
     return [part for part in (within, beyond) if part]
 
 
-def _by_regime(
-    parts: Sequence[tuple[int, tuple[int, ...], Group]], limit: int | None
-) -> list[list[tuple[int, tuple[int, ...], Group]]]:
+def _by_regime(parts: Sequence[_Part], limit: int | None) -> list[list[_Part]]:
     if limit is None:
         return [list(parts)]
-    longer = [len(part.prompt) + max(map(len, part.completions)) > limit for _, _, part in parts]
+    longer = [len(part.group.prompt) + max(map(len, part.group.completions)) > limit for part in parts]
     return [[part for part, long in zip(parts, longer, strict=True) if long == side] for side in (False, True)]
 
 
@@ -252,10 +302,10 @@ def _weights_of(held: Sequence[Group], weights: Sequence[float]) -> tuple[Tensor
 
 def _couple(
     apart: Sequence[tuple[int, Group]], groups: Sequence[int], weights: Sequence[float], plan: StepPlan
-) -> Coupled:
-    """Cuts groups into parts within the budget and numbers their completions across bins."""
+) -> tuple[Coupled, _Packed]:
+    """Cuts groups into parts within the budget and numbers their completions across bins and ranks."""
     first: dict[int, int] = {}
-    parts: list[tuple[int, tuple[int, ...], Group]] = []
+    parts: list[_Part] = []
     chosen: list[int] = []
     rejected: list[int] = []
     total = 0
@@ -267,23 +317,26 @@ def _couple(
         for regime in _regimes(group, plan.length_limit):
             alike = replace(group, completions=[group.completions[i] for i in regime], pairs=(), rankings=())
             for part in split_group(alike, plan.token_budget, plan.layout):
-                parts.append((k, tuple(regime[i] for i in part.completions), part.group))
-    bins = [
-        replace(b, completions=torch.tensor([first[i] + c for i, held in b.members for c in held], dtype=torch.int64))
-        for b in _pack_parts(parts, groups, plan)
-    ]
+                parts.append(_Part(k, tuple(regime[i] for i in part.completions), part.group))
+    packed = _pack_parts(parts, groups, plan)
+
+    def numbers(b: Bin) -> Tensor:
+        # the dummy of an empty bin has a number of its own, which no comparison names
+        return torch.tensor([first[i] + c for i, held in b.members for c in held] or [total], dtype=torch.int64)
+
     whole = [group for _, group in apart]
     for_pairs, for_rankings = _weights_of(whole, [weights[k] for k, _ in apart])
-    return Coupled(
-        bins=tuple(bins),
+    coupled = Coupled(
+        bins=tuple(replace(b, completions=numbers(b)) for b in packed.bins),
         chosen=torch.tensor(chosen, dtype=torch.int64),
         rejected=torch.tensor(rejected, dtype=torch.int64),
         pair_weights=for_pairs,
-        num_completions=total,
+        num_completions=total + (plan.ranks > 1),
         rankings=ranking_table(whole, [first[groups[k]] for k, _ in apart]),
         ranking_weights=for_rankings,
         groups=tuple(groups[k] for k, _ in apart),
     )
+    return coupled, packed
 
 
 class StepDataset(Dataset[StepBatch]):

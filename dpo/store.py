@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo.console import notice
+from dpo.distributed import gathered
 from dpo.durable import WRITE_ERRORS, write_file, write_text
 from dpo.errors import UserError
 from dpo.fingerprint import digest_of
@@ -80,12 +81,34 @@ class ReferenceStore:
             paths = [path for path in paths if not path.name.startswith(".")]
         except OSError as error:
             raise self._cannot("be used", error) from error
+        self._seen: set[Path] = set()
+        self._written: list[Path] = []
+        self._attach_all(paths)
+
+    def _attach_all(self, paths: Sequence[Path]) -> None:
+        paths = [path for path in paths if path not in self._seen]
+        self._seen.update(paths)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for path, unit in zip(paths, pool.map(_read_unit, paths), strict=True):
                 if unit is None:
                     notice(f"{path}: not a whole unit of log-probs, its content is computed again")
                 else:
                     self._attach(*unit)
+
+    def exchange(self) -> None:
+        """Takes over the units that other ranks have written, once all have.
+
+        Raises:
+            UserError: the folder is not one that all ranks see.
+        """
+        written = {name for names in gathered([path.name for path in self._written]) for name in names}
+        missing = [name for name in sorted(written) if not (self.folder / name).exists()]
+        if missing:
+            raise UserError(
+                f"--reference-cache {self.folder}: expected a folder that all ranks share, found no {missing[0]}, "
+                "which another rank wrote"
+            )
+        self._attach_all([self.folder / name for name in sorted(written)])
 
     def _cannot(self, what: str, error: Exception) -> UserError:
         reason = " ".join(str(error).split())
@@ -133,6 +156,8 @@ class ReferenceStore:
         except WRITE_ERRORS as error:
             raise self._cannot("be written", error) from error
         self._pending, self._pending_tokens = {}, 0
+        self._seen.add(path)
+        self._written.append(path)
         self._attach(list(_split_keys(keys)), on_disk["lengths"], on_disk["logps"])
 
     def _attach(self, keys: Sequence[bytes], lengths: Tensor, logps: Tensor) -> None:

@@ -19,6 +19,7 @@ from dpo.checkpoint import (
     finish_run,
     finished_steps,
     load_checkpoint,
+    model_folder,
     open_run,
     save_checkpoint,
     save_model,
@@ -28,6 +29,7 @@ from dpo.config import TrainConfig
 from dpo.console import Bar, say, table
 from dpo.cpu import keep_freed_memory
 from dpo.curves import draw_curves
+from dpo.distributed import check_same, gathered, is_main, on_main, rank
 from dpo.engine import evaluate, forward_backward
 from dpo.errors import UserError
 from dpo.evalpairs import EvalPairs
@@ -47,12 +49,14 @@ from dpo.inputs import (
 from dpo.interrupt import Interrupted, StopSignal
 from dpo.loss import Objective
 from dpo.metrics import read_json_lines
+from dpo.placement import place_policy
 from dpo.reference import store_frozen
 from dpo.refsetup import References, ReferenceSource, set_up_references
 from dpo.rng import random_state, restore_random_state, seed_all
 from dpo.runlog import NotFinite, RunLog
 from dpo.sampler import Sampler
 from dpo.samples import plan_samples
+from dpo.sharded import mesh_of, take_weights
 from dpo.steps import StepBatch, StepDataset, eval_steps
 from dpo.trackers import chosen_trackers
 from dpo.updater import Updater
@@ -76,20 +80,22 @@ def train(config: TrainConfig) -> TrainResult:
         Stopped: a signal asked for it; there is a checkpoint to go on from.
     """
     keep_freed_memory()
-    checkpoint = find_run(config)
+    checkpoint = on_main(lambda: find_run(config))
     seed_all(config.seed)
     chosen_trackers(config)
     check_push(config)
-    policy = load_policy(config, str(checkpoint / "model") if checkpoint else None, dropout=config.dropout)
-    model, device = policy.model, policy.device
+    policy = load_policy(config, model_folder(checkpoint), dropout=config.dropout)
     data, eval_data = load_train_and_eval(config, policy)
-    objective, plan = objective_of(config), plan_of(config, model)
+    check_same("--data", data.digest())
+    objective = objective_of(config)
+    policy, plan = place_policy(config, policy, objective, plan_of(config, policy.model))
+    model, device = policy.model, policy.device
     steps = StepDataset(data, plan, epochs=config.epochs, max_steps=config.max_steps)
     evals = eval_steps(eval_data, plan) if eval_data is not None else []
     samples = None
     if config.sample_prompts and eval_data is not None:
         samples = plan_samples(config, policy.tokenizer, model, eval_data)
-    if config.resume != "never" and finished_steps(Path(config.output)) == len(steps):
+    if config.resume != "never" and on_main(lambda: finished_steps(Path(config.output))) == len(steps):
         return _as_finished(config)
     check_budget(data, plan)
     if checkpoint is None:
@@ -100,13 +106,14 @@ def train(config: TrainConfig) -> TrainResult:
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     updater = Updater(config, model, len(steps))
-    state = load_checkpoint(checkpoint) if checkpoint else None
+    state = load_checkpoint(checkpoint, mesh_of(model)) if checkpoint else None
     start = state["step"] if state else 0
     source = ReferenceSource(config, policy, objective, untrained=start == 0)
     known, make_ready = set_up_references(source, data, eval_data, evals)
 
     with open_run(config, checkpoint) as run, StopSignal() as stop:
-        write_facts(run, policy, data, eval_data)
+        if is_main():
+            write_facts(run, policy, data, eval_data)
         references = make_ready(steps, stop)
         watch = Watch(run, config, start=start)
         if eval_data is not None:
@@ -175,7 +182,7 @@ class Session:
         if evals and not self.log.has_evaluated(done) and (done in (0, total) or _due(self.config.eval_every, done)):
             with suppress(Interrupted):  # the run that goes on from here evaluates
                 better = self._evaluate(bar, done, evals)
-        stopped = self.stop.received is not None
+        stopped = self.stop.asked()
         due = done < total and (better or _due(self.config.save_every, done))
         if done > self.saved and (stopped or due or done == total):
             with self._saving(done):
@@ -210,7 +217,7 @@ class Session:
         self.log.sync()
         state = {
             "identity": self.identity,
-            "random": random_state(),
+            "random": gathered(random_state()),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
         save_checkpoint(
@@ -226,13 +233,15 @@ class Session:
 
     def take_weights(self, checkpoint: Path) -> None:
         """Takes over a checkpoint's weights, and nothing else of it."""
-        weights = dict(load_network(self.config, str(checkpoint / "model")).named_parameters())
-        with torch.no_grad():
-            for name, p in self.policy.model.named_parameters():
-                if p.requires_grad:
-                    p.copy_(weights[name])
+        state = load_checkpoint(checkpoint, mesh_of(self.policy.model))
+        if "weights" in state:
+            take_weights(self.policy.model, state["weights"])
+        else:
+            weights = dict(load_network(self.config, str(checkpoint / "model")).named_parameters())
+            trained = {name for name, p in self.policy.model.named_parameters() if p.requires_grad}
+            take_weights(self.policy.model, {name: weights[name] for name in trained}, only=trained)
         if self.updater.average is not None:
-            self.updater.average.load_state_dict(load_checkpoint(checkpoint)["parts"]["average"])
+            self.updater.average.load_state_dict(state["parts"]["average"])
 
     def restore(self, checkpoint: Path | None, state: dict[str, Any]) -> None:
         """Takes over a checkpoint's state, generators last: nothing may draw between here and the next step."""
@@ -243,7 +252,12 @@ class Session:
             if name not in state["parts"]:
                 raise UserError(f"--resume: expected {checkpoint} to hold the state of {name}, found none")
             part.load_state_dict(state["parts"][name])
-        restore_random_state(state["random"])
+        if "weights" in state:
+            take_weights(self.policy.model, state["weights"])
+        if rank() < len(state["random"]):
+            restore_random_state(state["random"][rank()])
+        else:  # more ranks than before
+            seed_all(self.config.seed, rank(), state["step"])
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -290,11 +304,13 @@ def _finish(session: Session, bar: Bar, seconds: float) -> None:
         session.updater.average.apply()
     with writing(run):
         save_model(run / "model", policy.model, policy.tokenizer)
-        draw_curves(run)
-        write_card(run)
+        if is_main():
+            draw_curves(run)
+            write_card(run)
     _summary(log)
     say(f"{bar.done} steps in {seconds:.0f} s; run folder {run}: model/, metrics.jsonl, eval.jsonl, curves.png")
-    push(config, run)
+    if is_main():
+        push(config, run)
 
 
 def _summary(log: RunLog) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo.config import TrainConfig
 from dpo.console import notice
+from dpo.distributed import is_main
 from dpo.evalpairs import EvalPairs
 from dpo.metrics import JsonLines
 from dpo.sampler import Sampler
@@ -25,7 +26,7 @@ class Watch:
         self.run = run
         self.signs = Signs(beta=config.beta, lr=config.lr, has_reference=config.reference != "none")
         self.warnings = JsonLines(run / "warnings.jsonl", before_step=start)
-        self.trackers = open_trackers(run, config, start=start)
+        self.trackers = open_trackers(run, config, start=start) if is_main() else []
         self.pairs: EvalPairs | None = None
         self.sampler: Sampler | None = None
 

@@ -1,0 +1,119 @@
+"""Tensors that ranks hold parts of, in files: `torch.distributed.checkpoint` (DCP) over safetensors, without pickle.
+
+What was written on some number of ranks loads on any other, one process included.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from dpo.parallel import is_sharded
+
+FOLDER = "sharded"
+"""Of a checkpoint: a safetensors file a rank, with the place of each part in its header."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    log = logging.getLogger("torch.distributed.checkpoint")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
+def save_parts(folder: Path, tensors: Mapping[str, DTensor]) -> None:
+    """Writes each rank's parts to `folder`/sharded; all ranks call it with the same names."""
+    with _quiet():
+        writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer)
+
+
+def load_parts(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensor]:
+    """All tensors of `folder`/sharded by name: whole on the CPU, or, given a mesh, this rank's share of each row-wise.
+
+    Raises:
+        ValueError: files are missing or damaged.
+    """
+    source = folder / FOLDER
+    if not source.is_dir():
+        return {}
+    try:
+        with _quiet():
+            reader = HuggingFaceStorageReader(str(source))
+            held: dict[str, Tensor] = {}
+            for name, kind in reader.read_metadata().state_dict_metadata.items():
+                held[name] = _empty(kind.size, kind.properties.dtype, mesh)  # pyright: ignore[reportAttributeAccessIssue]
+            dcp.load(held, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=mesh is None)
+    except (OSError, SafetensorError, RuntimeError, AssertionError, KeyError, dcp.CheckpointException) as error:
+        raise ValueError(
+            f"expected the parts of tensors in {FOLDER}/, found: {' '.join(str(error).split())}"
+        ) from error
+    return held
+
+
+def _empty(size: torch.Size, dtype: torch.dtype, mesh: DeviceMesh | None) -> Tensor:
+    if mesh is None:
+        return torch.empty(size, dtype=dtype)
+    return torch.distributed.tensor.empty(size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
+
+
+def spread_like(values: Mapping[str, Tensor] | Tensor, mesh: DeviceMesh) -> Any:
+    """Whole tensors as this rank's rows of them."""
+    if isinstance(values, Tensor):
+        if isinstance(values, DTensor) or values.dim() == 0:
+            return values
+        return distribute_tensor(values.to(mesh.device_type), mesh, [Shard(0)], src_data_rank=None)
+    return {name: spread_like(value, mesh) for name, value in values.items()}
+
+
+def mesh_of(model: Any) -> DeviceMesh | None:
+    """The mesh over which a model is sharded."""
+    if not is_sharded(model):
+        return None
+    return next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+
+
+def whole_weights(model: Any) -> dict[str, Tensor]:
+    """The whole state dict of a sharded model on the CPU, on rank 0 (nothing on the others). All ranks call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def part_weights(model: Any) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, each once; of a sharded model this rank's parts."""
+    buffers = {name: value for name, value in model.state_dict().items() if not isinstance(value, DTensor)}
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    tied = {name for name, p in model.named_parameters(remove_duplicate=False)} - params.keys()
+    return params | {name: value for name, value in buffers.items() if name not in params and name not in tied}
+
+
+@torch.no_grad()
+def take_weights(model: Any, weights: Mapping[str, Tensor], *, only: Collection[str] | None = None) -> None:
+    """Copies weights by name into a model, sharded or not: all, or `only` some. ValueError where names differ."""
+    own = {name: value for name, value in part_weights(model).items() if only is None or name in only}
+    if own.keys() != weights.keys():
+        differ = sorted(own.keys() ^ weights.keys())
+        raise ValueError(f"expected the weights of {type(model).__name__}, found other names, such as {differ[0]}")
+    for name, target in own.items():
+        value = weights[name]
+        if isinstance(target, DTensor):
+            value = spread_like(value, target.device_mesh)
+        target.copy_(value)
