@@ -15,12 +15,8 @@ from transformers import PreTrainedModel
 
 from dpo.errors import UserError
 from dpo.model import head_logps, prepare, shared_logps, stock_attention
-<<<<<<< HEAD
 from dpo.packing import Group, Layout, PackedBatch, group_cost, pack
-=======
-from dpo.packing import Group, Layout, group_cost, pack
 from dpo.parallel import gathered_once
->>>>>>> ranks
 from dpo.support import length_limit
 
 _FLOOR = {torch.float64: 1e-6, torch.float32: 1e-4}

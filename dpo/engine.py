@@ -88,11 +88,7 @@ def _record_coupled(result: StepResult, step: StepBatch, out: CoupledLoss) -> No
         sums[b.completions] = completion_sums(logps, b.batch)
         lengths[b.completions] = b.batch.completion_lengths.to(device)
         result.logps.append((b, logps))
-<<<<<<< HEAD
-    result.sums.add_logps(sums, lengths, coupled.chosen, coupled.rejected)
-    result.sums.add_lengths(out.chosen_rewards - out.rejected_rewards, lengths, coupled.chosen, coupled.rejected)
     result.rewards.append((coupled.groups, out.chosen_rewards, out.rejected_rewards))
-=======
     all_sum(sums)
     all_sum(lengths)
     if is_main():  # every rank has the comparisons of all
@@ -102,7 +98,6 @@ def _record_coupled(result: StepResult, step: StepBatch, out: CoupledLoss) -> No
         result.sums.add_logps(sums, lengths, coupled.chosen, coupled.rejected)
         margins = out.chosen_rewards - out.rejected_rewards
         result.sums.add_lengths(margins, lengths, coupled.chosen, coupled.rejected)
->>>>>>> ranks
 
 
 def evaluate(

@@ -7,11 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
 from dpo.data import PreferenceData
-=======
 from dpo.distributed import gathered, is_main
->>>>>>> ranks
 from dpo.durable import write_text
 from dpo.engine import StepResult
 from dpo.steps import StepBatch
@@ -27,22 +24,10 @@ class EvalPairs:
     def see(self, step: StepBatch, result: StepResult) -> None:
         """Takes the rewards of one chunk of the evaluation. Waits for the device."""
         del step
-<<<<<<< HEAD
         for groups, chosen, rejected in result.rewards:
             pairs = zip(chosen.tolist(), rejected.tolist(), strict=True)
             for group in groups:
                 self._rewards[group] = list(islice(pairs, len(self.data[group].pairs)))
-=======
-        for b, logps in result.logps:
-            # summed token by token: the difference of two long sums loses digits
-            reference = self.ref_logps(b)
-            if not b.members:  # the dummy of a rank that has nothing to do
-                continue
-            ratios = logps.double() if reference is None else logps.double() - reference.double()
-            ratios = completion_sums(ratios, b.batch).tolist()
-            keys = [(group, completion) for group, held in b.members for completion in held]
-            self._rewards.update(zip(keys, (self.beta * ratio for ratio in ratios), strict=True))
->>>>>>> ranks
 
     def records(self, step: int) -> list[dict[str, Any]]:
         """A record a pair, in the order of the data, after `step` updates."""
@@ -63,7 +48,7 @@ class EvalPairs:
         return found
 
     def write(self, path: Path, step: int) -> list[dict[str, Any]]:
-        """Replaces the file at `path`; returns what it holds. Of several ranks each has seen its pairs, and 0 writes."""
+        """Replaces the file at `path`; returns what it holds. Each rank has seen its pairs; rank 0 writes."""
         for theirs in gathered(self._rewards):
             self._rewards |= theirs
         records = self.records(step)

@@ -264,7 +264,7 @@ def _pairs_of_step(
 def coupled_backward(
     model: Any, coupled: Coupled, first: CoupledLoss, objective: Objective, loss_scale: Tensor | float = 1.0
 ) -> None:
-    """Second phase, a step's last: forward and backward of every bin with dL/dlp_t fixed, and with the dropout of the first phase.
+    """Second phase, a step's last: forward and backward of every bin with dL/dlp_t fixed and the first phase's dropout.
 
     Args:
         loss_scale: what gradients are multiplied by, for fp16.
