@@ -59,7 +59,7 @@ def print_losses(config: LossesConfig) -> None:
         names = [term.name for term in LossConfig(loss=config.loss).pair_call().terms]
     out = Table(title="losses of dpo train --loss", title_justify="left", show_lines=True)
     for column in ("loss", "formula", "options, as they are without the flag", "needs", "paper"):
-        out.add_column(column, overflow="fold")
+        out.add_column(column, overflow="fold", max_width=18 if column == "needs" else None)
 
     def add(*cells: str) -> None:
         out.add_row(*map(Text, cells))  # brackets would be markup
