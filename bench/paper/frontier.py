@@ -131,9 +131,10 @@ class Experiment:
 def same_settings(path: Path, settings: Settings) -> None:
     """Writes the settings beside the points, or holds them to those that are there."""
     found = json.dumps(dataclasses.asdict(settings), indent=1)
-    if path.exists() and path.read_text() != found:
+    if not path.exists():
+        write_text(path, found)
+    if path.read_text() != found:
         raise UserError(f"{path.parent}: expected points of the same settings, found others; remove the folder")
-    write_text(path, found)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from dpo.engine import forward_backward
 from dpo.loss import Objective
 from dpo.metrics import PairSums
 from dpo.model import prepare
-from dpo.optim import apply_update, build_optimizer, set_lr, warmup_then_constant
+from dpo.optim import Schedule, apply_update, build_optimizer, set_lr
 from dpo.packing import Group
 from dpo.reference import CachedReference, no_reference
 from dpo.steps import StepDataset, StepPlan
@@ -100,12 +100,12 @@ class Trainer:
         policy = copy.deepcopy(self.reference)
         prepare(policy, "shared")
         optimizer = build_optimizer(settings.optimizer, policy.parameters(), lr=1.0)
+        schedule = Schedule("paper", run.lr_factor * settings.lr, settings.warmup_steps, total)
         stops = {max(1, round(fraction * total)) for fraction in run.measure_after}
         with Bar(run.name, total, log_every=1000) as bar:
             for index in range(total):
                 policy.train()
-                lr = run.lr_factor * settings.lr
-                set_lr(optimizer, warmup_then_constant(index, lr, settings.warmup_steps))
+                set_lr(optimizer, schedule(index))
                 sums = self.backward(run, policy, index)
                 apply_update(optimizer, sums.loss, settings.grad_clip)
                 bar.advance(pairs=0, tokens=0)

@@ -106,7 +106,7 @@ SMOLLM2 = replace(
 def runs(settings: Settings) -> list[Run]:
     """Every training run with the project's own trainer."""
     found = [Run("DPO", f"beta {beta:g}", beta=beta) for beta in settings.betas]
-    for factor in (0.3, 1.0):
+    for factor in (0.3, 1.0, 3.0):
         setting = f"lr x{factor:g}"
         found.append(Run("preferred-ft", setting, "sft", lr_factor=factor, measure_after=settings.sweep))
     for alpha in (0.1, 0.3, 1.0):
