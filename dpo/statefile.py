@@ -45,7 +45,7 @@ def save_state(folder: Path, tree: Any) -> None:
 
 
 def load_state(folder: Path, mesh: DeviceMesh | None = None) -> Any:
-    """The tree of `save_state`, with its tensors on the CPU; given a mesh, those of parameters and of their optimizer sharded over it.
+    """The tree of `save_state`, with its tensors on the CPU; given a mesh, those like parameters sharded over it.
 
     Raises:
         BadState: a file is missing, is not what it should be, or is of another format.
