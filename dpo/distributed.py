@@ -177,6 +177,10 @@ class _Watch:
 
     def fail(self, message: str, status: int) -> NoReturn:
         self._stopped.set()
+        if self._store is None:  # before the ranks have met: what is wrong here is wrong everywhere
+            if os.environ.get("RANK") == "0":
+                print(message, file=sys.stderr)
+            _exit(status)
         first = True
         with contextlib.suppress(RuntimeError):
             first = self._store.add("failed", 1) == 1

@@ -20,6 +20,8 @@ from dpo.distributed import is_main
 from dpo.sharded import load_parts, save_parts, spread_like
 
 _FORMAT = 1
+_LIKE_PARAMETERS = ("/parts/optimizer/", "/parts/weights/", "/parts/average/", "/parts/reference/")
+"""Tensors that have the shapes of parameters, and are sharded as they are."""
 
 
 class BadState(Exception):
@@ -43,7 +45,7 @@ def save_state(folder: Path, tree: Any) -> None:
 
 
 def load_state(folder: Path, mesh: DeviceMesh | None = None) -> Any:
-    """The tree of `save_state`, with its tensors on the CPU; given a mesh, those below "parts" sharded over it.
+    """The tree of `save_state`, with its tensors on the CPU; given a mesh, those like parameters sharded over it.
 
     Raises:
         BadState: a file is missing, is not what it should be, or is of another format.
@@ -58,8 +60,8 @@ def load_state(folder: Path, mesh: DeviceMesh | None = None) -> Any:
         raise BadState(f"expected state.json of format {_FORMAT}, found {found!r}")
     try:
         tensors |= load_parts(folder, mesh)
-        if mesh is not None:  # written by one process: a part's tensors have the shapes of its parameters
-            tensors = {k: spread_like(v, mesh) if k.startswith("/parts/") else v for k, v in tensors.items()}
+        if mesh is not None:  # written by one process
+            tensors = {k: spread_like(v, mesh) if k.startswith(_LIKE_PARAMETERS) else v for k, v in tensors.items()}
         return _decode(content["state"], tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadState(f"expected a state whose parts are all there, found: {error!r}") from error

@@ -10,6 +10,7 @@ from dpo.cli import main
 from dpo.config import PlanConfig
 from dpo.metrics import read_json_lines
 from dpo.plan_memory import plan_memory
+from tests.plan.sizes import sizes
 from tests.ranks import spawn
 from tests.train.toy import write_model
 
@@ -95,6 +96,11 @@ def test_bad_input_gets_one_line_and_status_2(capsys, words, message):
         main(["plan", *words])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_table_of_the_readme_is_what_plan_says():
+    assert sizes() in (spawn.ROOT / "dpo" / "README.md").read_text()
 
 
 @pytest.mark.slow
