@@ -131,12 +131,13 @@ def writing(run: Path) -> Iterator[None]:
 
 
 def _read_config(run: Path) -> Mapping[str, Any]:
+    path = run / "config.yaml"
     try:
-        held = yaml.safe_load((run / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{run / 'config.yaml'}: expected the settings of a run, found: {error}") from error
+        held = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: expected the settings of a run, found: {' '.join(str(error).split())}") from error
     if not isinstance(held, dict):
-        raise UserError(f"{run / 'config.yaml'}: expected the settings of a run, found a {type(held).__name__}")
+        raise UserError(f"{path}: expected the settings of a run, found a {type(held).__name__}")
     return held
 
 

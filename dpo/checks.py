@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dpo.errors import UserError
 from dpo.model import head_logps, prepare, shared_logps, stock_attention
-from dpo.packing import Group, Layout, group_cost, pack
+from dpo.packing import Group, Layout, PackedBatch, group_cost, pack
 from dpo.support import length_limit
 
 _FLOOR = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -64,14 +64,24 @@ def check_sharing(
         tolerance = max(_FLOOR[precision], _NOISE_FACTOR * noise)
     else:
         tolerance = max(_HALF_FLOOR, _HALF_NOISE_FACTOR * noise)
+    if not torch.isfinite(plain).all():
+        row = _row_of(batch, ~torch.isfinite(plain))
+        raise UserError(
+            f"{type(model).__name__}: expected finite log-probs from plain forwards of the model, found others in row "
+            f"{row}: its weights hold values that are not finite, or too large"
+        )
     error = (packed - plain).abs()
     result = SharingCheck(float(error.max()), noise, tolerance, plain.numel())
     # written so that a difference or a noise that is not a number fails too
     if not result.max_abs_error <= tolerance < float("inf"):
-        completion = int(batch.completion_ids[int(error.nan_to_num(torch.inf).argmax())])
-        row = batch.rows[int(batch.group_of_completion[completion])]
-        raise UserError(_message(model, layout, result, row))
+        raise UserError(_message(model, layout, result, _row_of(batch, error.nan_to_num(torch.inf))))
     return result
+
+
+def _row_of(batch: PackedBatch, values: Tensor) -> int | str:
+    """The row whose token has the largest of `values` [N]."""
+    completion = int(batch.completion_ids[int(values.to(torch.float64).argmax())])
+    return batch.rows[int(batch.group_of_completion[completion])]
 
 
 def _message(model: PreTrainedModel, layout: Layout, result: SharingCheck, row: int | str) -> str:

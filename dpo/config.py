@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class InputConfig:
             value = getattr(self, name)
             _require(value is None or value > 0, _flag(name), "a positive number or None", value)
         _require(self.token_budget > 0, "--token-budget", "a positive number of tokens", self.token_budget)
-        _require(self.beta > 0, "--beta", "a positive number", self.beta)
+        _require(0 < self.beta < math.inf, "--beta", "a positive number", self.beta)
         _ = self.compared  # checks its flags
         _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction", "a fraction from 0 to 1", self.max_bad_fraction)
 
@@ -240,11 +241,11 @@ class TrainConfig(LossConfig, DataConfig):
         positive = ("epochs", "max_steps", "lr", "log_every", "samples_per_prompt", "sample_tokens")
         for name in (*positive, "keep_checkpoints", "max_skipped", "early_stop"):
             value = getattr(self, name)
-            _require(value is None or value > 0, _flag(name), "a positive number", value)
+            _require(value is None or 0 < value < math.inf, _flag(name), "a positive number", value)
         unsigned = ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every", "data_workers")
-        for name in (*unsigned, "sample_temperature"):
+        for name in (*unsigned, "sample_temperature", "seed"):
             value = getattr(self, name)
-            _require(value is None or value >= 0, _flag(name), "zero or more", value)
+            _require(value is None or 0 <= value < math.inf, _flag(name), "zero or more", value)
         if self.comparisons == "ranking":
             changed = [f for f in dataclasses.fields(LossConfig) if getattr(self, f.name) != f.default]
             for option in changed[:1]:
@@ -419,7 +420,8 @@ def yaml_to_args(path: str, config: type) -> list[str]:
     """
     try:
         settings = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    # besides bad syntax: text that is not UTF-8, numbers of too many digits, and nesting too deep
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: expected a readable YAML file, found {_one_line(error)}") from error
     settings = {} if settings is None else settings
     if not isinstance(settings, Mapping):

@@ -282,6 +282,17 @@ class PreferenceData(Sequence[Group]):
         at = self._at(index)
         return 1 if self._ranked[at] else int(self._pair_counts[at])
 
+    def check_tokens(self, vocabulary: int, name: str) -> None:
+        """Raise UserError for a token that a model of `vocabulary` tokens does not have."""
+        columns = self._table.data
+        for column in (columns.column("prompt"), pc.call_function("list_flatten", [columns.column("completions")])):
+            largest = pc.call_function("max", [pc.call_function("list_flatten", [column])]).as_py()
+            if largest is not None and largest >= vocabulary:
+                raise UserError(
+                    f"{name}: expected tokens below {vocabulary}, the model's vocabulary; found {largest}: the "
+                    "tokenizer is of another model, or has tokens that the model has no embedding for"
+                )
+
     @property
     def total_pairs(self) -> int:
         return int(self._pair_counts[self._indices].sum())

@@ -4,6 +4,10 @@
 class UserError(Exception):
     """One line: the file, row, field or flag, what was expected, what was found. The CLI prints it and exits with 2."""
 
+    def __str__(self) -> str:
+        # names out of files may hold line breaks
+        return " ".join(super().__str__().splitlines())
+
 
 class PackingError(UserError, RuntimeError):
     """A model does not take the packed row's attention, which shows only when it runs: before anything is trained.

@@ -161,6 +161,7 @@ def load_data(
     refuse_data(policy.model, data.longest_sequences(), flag)
     for line in data.report.lines():
         say(line)
+    data.check_tokens(policy.model.get_input_embeddings().weight.shape[0], flag)
     return data
 
 

@@ -7,12 +7,14 @@ import logging
 import pickle
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from dpo.errors import UserError
 
@@ -69,6 +71,8 @@ def load_model(
 def load_config(path: str, *, trust_remote_code: bool = False, name: str = "--model") -> Any:
     """Load a model's configuration. Raises UserError when there is none, or when it is not of a causal LM."""
     config = _load(AutoConfig.from_pretrained, name, path, **_source(path, name), trust_remote_code=trust_remote_code)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise UserError(f"{name} {path}: expected a causal language model, found an encoder ({config.model_type})")
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.is_encoder_decoder or not (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         raise UserError(f"{name} {path}: expected a causal language model, found model type {config.model_type!r}")
@@ -143,15 +147,25 @@ def _load(function: Any, name: str, path: str, **options: Any) -> Any:
     local = Path(path)
     source = str(local.parent) if local.is_file() else path
     options.pop("subfolder", None)
+    verbosity = transformers_logging.get_verbosity()
+    # its reports of missing and mismatched weights, many lines each, come back to us as values or errors
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
         return function(source, **options)
-    except _BROKEN as error:
+    except UnpicklingError as error:
+        raise UserError(f"{name} {path}: expected weights, found a pickle that holds more: it is not loaded") from error
+    # a damaged file may raise anything: struct.error, SafetensorError, TypeError, errors of validators and converters
+    except Exception as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             raise UserError(
                 f"{name} {path}: brings code of its own: read it, then allow it with --trust-remote-code"
             ) from error
+        if "ignore_mismatched_sizes" in reason:
+            reason = "the weights have other sizes than config.json says"
         raise UserError(f"{name} {path}: cannot be loaded: {reason[:300]}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def zero_dropout(config: Any) -> list[str]:

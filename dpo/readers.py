@@ -123,6 +123,12 @@ def _json_lines(path: Path, label: str) -> Iterator[NumberedRow]:
                 raise UserError(
                     f"{label}, line {number}: expected one JSON object; found broken JSON ({found})"
                 ) from None
+            except RecursionError:
+                raise UserError(
+                    f"{label}, line {number}: expected one JSON object; found JSON nested too deep"
+                ) from None
+            except ValueError as error:  # a number of too many digits
+                raise UserError(f"{label}, line {number}: expected one JSON object; found {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{label}, line {number}: expected one JSON object; found {_kind(row)}")
             yield number, row
@@ -142,6 +148,10 @@ def _json_document(path: Path, label: str) -> Iterator[NumberedRow]:
             f"{label}, line {error.lineno}: expected a JSON array of objects; "
             f"found broken JSON ({error.msg} at column {error.colno})"
         ) from None
+    except RecursionError:
+        raise UserError(f"{label}: expected a JSON array of objects; found JSON nested too deep") from None
+    except ValueError as error:
+        raise UserError(f"{label}: expected a JSON array of objects; found {error}") from None
     if isinstance(document, dict):
         arrays = [
             value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)
@@ -196,6 +206,8 @@ def _kind(value: object) -> str:
 def _library(label: str, quiet: bool) -> Iterator[None]:
     """Run a loader of `datasets`: no progress bars unless asked for, and any failure as one line."""
     silenced = quiet and datasets.is_progress_bar_enabled()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs before it raises, it raises
     if silenced:
         datasets.disable_progress_bars()
     try:
@@ -208,6 +220,7 @@ def _library(label: str, quiet: bool) -> Iterator[None]:
         first = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
         raise UserError(f"{label}: `datasets` cannot load it: {type(cause).__name__}: {first}") from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if silenced:
             datasets.enable_progress_bars()
 

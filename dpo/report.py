@@ -59,6 +59,10 @@ def report(config: ReportConfig) -> Path:
     path = Path(config.output) if config.output else run.folder / "report.html"
     try:
         write_text(path, page(run))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{run.folder}: expected the records of a run, found others ({type(error).__name__}: {error})"
+        ) from error
     except OSError as error:
         raise UserError(f"--output {path}: expected a file to write to, found: {error}") from error
     say(f"wrote {path}")

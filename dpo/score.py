@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
             f"--reference {config.reference}: expected the policy's vocabulary of {vocabulary}, found another"
         )
     ref_logps = _all_logps("reference", config, reference, steps, next(reference.parameters()).device)
+    _check_finite(f"--model {config.model}", data, logps)
+    _check_finite(f"--reference {config.reference}", data, ref_logps)
     ranked = config.comparisons == "ranking"
     groups = list(_scored_groups(data, logps, ref_logps, config.beta))
     if ranked:
@@ -83,6 +86,15 @@ def _all_logps(
             lambda step: bar.advance(pairs=step.num_pairs, tokens=step.num_tokens),
         )
     return held
+
+
+def _check_finite(name: str, data: PreferenceData, logps: CachedReference) -> None:
+    """Raise UserError where a model gives a completion a log-prob that is not finite."""
+    for index in range(len(data)):
+        group = data[index]
+        for completion in range(len(group.completions)):
+            if not math.isfinite(total := logps.total(index, completion)):
+                raise UserError(f"{name}: expected finite log-probs, found {total} in row {group.row}")
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,12 @@ _rows(
 _rows("scores that are no numbers", {"prompt": "a", "completions": ["b", "c"], "scores": ["high", "low"]})
 _rows("scores of another number", {"prompt": "a", "completions": ["b", "c"], "scores": [1.0]})
 _rows("one score for all", {"prompt": "a", "completions": ["b", "c"], "scores": [1.0, 1.0]})
-_rows("a prompt with a completion over the budget", {"prompt": "a" * 9000, "chosen": "b" * 9000, "rejected": "c"})
+
+
+@case("row", "train", "a prompt with a completion over the token budget")
+def _over_budget(here: Path, toy: Path) -> list[str]:
+    (here / "rows.jsonl").write_text(json.dumps({"prompt": "a" * 60, "chosen": "b" * 60, "rejected": "c"}) + "\n")
+    return train_words(here, toy, "--data", str(here / "rows.jsonl"), "--token-budget", "99")
 
 
 @case("row", "train", "an unpaired row after good ones, and no tolerance")

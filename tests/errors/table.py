@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 import tempfile
 from pathlib import Path
@@ -20,10 +21,11 @@ TABLE = Path(__file__).parent.parent.parent / "dpo" / "ERRORS.md"
 LONGEST = 190
 HEAD = """# What bad input gets
 
-Every command ends with exit status 2 and a line that names the file, row, field or flag, what was expected and what was
-found; calls from Python raise `UserError` (kernels: `ValueError`) with that line. Nothing is written over, and nobody sees a
-traceback. `python -m tests.errors.table` writes this table, and the tests fail where it is not what happens. `HERE` stands
-for a folder.
+Every command ends with exit status 2 and a line that names the file, row, field or flag, what was expected and what
+was found; calls from Python raise `UserError` (kernels: `ValueError`) with that line. Nothing is written over, and
+nobody sees a traceback. `python -m tests.errors.table` writes this table, and the tests fail where it is not what
+happens. `HERE` stands for a folder. A flag that cannot be read at all gets a box with its help; the first paragraph
+is shown.
 
 | input | where | what | answer |
 |---|---|---|---|
@@ -72,7 +74,7 @@ def answer(case: Case, here: Path, toy: Path) -> str:
 
 
 def _one_line(case: Case, text: str, here: Path, toy: Path) -> str:
-    """The message of the program, or the first line of tyro's box."""
+    """The message of the program, or the first paragraph of tyro's box without its list of choices."""
     if "Traceback" in text:
         raise Surprise(f"{case.name}: {text[:300]}")
     said = [line for line in text.splitlines() if re.match(r"dpo: |\w+Error: ", line)]
@@ -81,8 +83,11 @@ def _one_line(case: Case, text: str, here: Path, toy: Path) -> str:
             raise Surprise(f"{case.name}: expected one line, found {text!r}")
         line = said[0].removeprefix("dpo: ")
     else:
-        inside = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
-        line = " ".join(filter(None, inside[1:3])) if inside else ""
+        # a title, a rule where the terminal has no boxes, the message, a rule, help
+        inside = [part for line in text.splitlines() if (part := line.strip("│╭╮╰╯ |+"))][1:]
+        after_rule = itertools.dropwhile(lambda part: not part.strip("─-"), inside)
+        shown = itertools.takewhile(lambda part: part.strip("─-"), after_rule)
+        line = " ".join(shown).partition(" Expected one of")[0].partition(" Got errors")[0]
     for folder, name in ((here, "HERE"), (toy, "HERE"), (Path.cwd(), "HERE")):
         line = line.replace(str(folder.resolve()), name).replace(str(folder), name)
     line = re.sub(r"0x[0-9a-f]+", "0x..", " ".join(line.split()))
