@@ -21,7 +21,7 @@ $(VENV)/.base: $(SOURCES) | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: $(SOURCES) | $(BIN)/python
-	$(INSTALL) '.[dev,gguf,lora]'
+	$(INSTALL) '.[dev,gguf,lora,tensorboard]'
 	touch $@ $(VENV)/.base
 
 $(VENV)/.peers: $(VENV)/.dev

@@ -6,7 +6,7 @@ T pairs, C completions, N completion rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ class StepResult:
     sums: PairSums
     logps: list[tuple[Bin, Tensor]]
     """Per-token log-probs of every bin: what to look at when something is not finite."""
+    rewards: list[tuple[tuple[int, ...], Tensor, Tensor]] = field(default_factory=list)
+    """Groups (indices in the data), and the rewards [T] of either side of their pairs, in their order."""
 
 
 def forward_backward(
@@ -66,6 +68,7 @@ def _record(result: StepResult, b: Bin, logps: Tensor, out: Any, share: float = 
     result.sums.add_logps(completion_sums(logps, b.batch), lengths, b.batch.chosen, b.batch.rejected)
     result.sums.add_lengths(margins, lengths, b.batch.chosen, b.batch.rejected)
     result.logps.append((b, logps.detach()))
+    result.rewards.append((tuple(group for group, _ in b.members), out.chosen_rewards, out.rejected_rewards))
 
 
 def _record_coupled(result: StepResult, step: StepBatch, out: CoupledLoss) -> None:
@@ -83,6 +86,7 @@ def _record_coupled(result: StepResult, step: StepBatch, out: CoupledLoss) -> No
         result.logps.append((b, logps))
     result.sums.add_logps(sums, lengths, coupled.chosen, coupled.rejected)
     result.sums.add_lengths(out.chosen_rewards - out.rejected_rewards, lengths, coupled.chosen, coupled.rejected)
+    result.rewards.append((coupled.groups, out.chosen_rewards, out.rejected_rewards))
 
 
 def evaluate(

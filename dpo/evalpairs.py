@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dpo.data import PreferenceData
 from dpo.durable import write_text
 from dpo.engine import StepResult
-from dpo.loss import RefLogps
-from dpo.metrics import completion_sums
-from dpo.steps import Preferences, StepBatch
+from dpo.steps import StepBatch
 
 
 class EvalPairs:
-    """Collects one evaluation, bin by bin, from the log-probs that it computes anyway."""
+    """Collects the rewards that an evaluation computes anyway, chunk by chunk."""
 
-    def __init__(self, data: Preferences, ref_logps: RefLogps, beta: float) -> None:
-        self.data, self.ref_logps, self.beta = data, ref_logps, beta
-        self._rewards: dict[tuple[int, int], float] = {}
+    def __init__(self, data: PreferenceData) -> None:
+        self.data = data
+        self._rewards: dict[int, list[tuple[float, float]]] = {}
 
     def see(self, step: StepBatch, result: StepResult) -> None:
-        """Takes the log-probs of one chunk of the evaluation. Waits for the device."""
+        """Takes the rewards of one chunk of the evaluation. Waits for the device."""
         del step
-        for b, logps in result.logps:
-            # summed token by token: the difference of two long sums loses digits
-            reference = self.ref_logps(b)
-            ratios = logps.double() if reference is None else logps.double() - reference.double()
-            ratios = completion_sums(ratios, b.batch).tolist()
-            keys = [(group, completion) for group, held in b.members for completion in held]
-            self._rewards.update(zip(keys, (self.beta * ratio for ratio in ratios), strict=True))
+        for groups, chosen, rejected in result.rewards:
+            pairs = zip(chosen.tolist(), rejected.tolist(), strict=True)
+            for group in groups:
+                self._rewards[group] = list(islice(pairs, len(self.data[group].pairs)))
 
     def records(self, step: int) -> list[dict[str, Any]]:
         """A record a pair, in the order of the data, after `step` updates."""
         found = []
-        for index in range(len(self.data)):
-            group = self.data[index]
-            for chosen, rejected in group.pairs:
+        for index, rewards in sorted(self._rewards.items()):
+            group, (rows, _) = self.data[index], self.data.sources(index)
+            for row, (chosen, rejected), (won, lost) in zip(rows, group.pairs, rewards, strict=True):
                 found.append(
                     {
                         "step": step,
-                        "row": group.row,
-                        "chosen_reward": round(self._rewards[index, chosen], 5),
-                        "rejected_reward": round(self._rewards[index, rejected], 5),
+                        "row": row,
+                        "chosen_reward": round(won, 5),
+                        "rejected_reward": round(lost, 5),
                         "chosen_tokens": len(group.completions[chosen]),
                         "rejected_tokens": len(group.completions[rejected]),
                     }

@@ -7,7 +7,6 @@ import logging
 import pickle
 import re
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -152,7 +151,7 @@ def _load(function: Any, name: str, path: str, **options: Any) -> Any:
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
         return function(source, **options)
-    except UnpicklingError as error:
+    except pickle.UnpicklingError as error:
         raise UserError(f"{name} {path}: expected weights, found a pickle that holds more: it is not loaded") from error
     # a damaged file may raise anything: struct.error, SafetensorError, TypeError, errors of validators and converters
     except Exception as error:

@@ -45,13 +45,15 @@ class Sampler:
         samples of the first prompts as Markdown."""
         plan, model = self.plan, self.policy.model
         samples = generate(model, plan, self.objective)
-        log_ratios: list[float] = []
+        # before the reference is lent: it may be this very model, with its adapter off
+        ours = sample_logps(model, plan, samples, self.objective) if plan.temperature > 0 else []
+        theirs: list[float] = []
         with self.reference(done) as reference:
             if self._reference_samples is None:
                 self._reference_samples = generate(reference, plan, self.objective)
-            if plan.temperature > 0:
-                ours, theirs = (sample_logps(m, plan, samples, self.objective) for m in (model, reference))
-                log_ratios = [a - b for a, b in zip(ours, theirs, strict=True)]
+            if ours:
+                theirs = sample_logps(reference, plan, samples, self.objective)
+        log_ratios = [a - b for a, b in zip(ours, theirs, strict=True)]
         records = [
             {
                 "step": done,

@@ -66,6 +66,8 @@ class Coupled:
     """[R, K] int64, numbers of completions, padded with -1."""
     ranking_weights: Tensor | None = None
     """[R] float64."""
+    groups: tuple[int, ...] = ()
+    """Indices in the data, in the order of the pairs."""
 
     def to(self, device: torch.device) -> Coupled:
         """The same comparisons and bins on `device`."""
@@ -280,6 +282,7 @@ def _couple(
         num_completions=total,
         rankings=ranking_table(whole, [first[groups[k]] for k, _ in apart]),
         ranking_weights=for_rankings,
+        groups=tuple(groups[k] for k, _ in apart),
     )
 
 

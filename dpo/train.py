@@ -110,7 +110,7 @@ def train(config: TrainConfig) -> TrainResult:
         references = make_ready(steps, stop)
         watch = Watch(run, config, start=start)
         if eval_data is not None:
-            watch.pairs = EvalPairs(eval_data, references.eval, config.beta)
+            watch.pairs = EvalPairs(eval_data)
         if samples is not None:
             watch.sampler = Sampler(run, samples, policy, source.lend, objective, start=start)
         log = RunLog(run, start=start, max_skipped=config.max_skipped, watch=watch)

@@ -23,7 +23,7 @@ class Watch:
 
     def __init__(self, run: Path, config: TrainConfig, *, start: int) -> None:
         self.run = run
-        self.signs = Signs(beta=config.beta, lr=config.lr)
+        self.signs = Signs(beta=config.beta, lr=config.lr, has_reference=config.reference != "none")
         self.warnings = JsonLines(run / "warnings.jsonl", before_step=start)
         self.trackers = open_trackers(run, config, start=start)
         self.pairs: EvalPairs | None = None

@@ -66,7 +66,7 @@ def test_every_model_has_a_card_with_its_settings_data_and_metrics(toy, tmp_path
     assert row is not None
     assert float(row[1]) == pytest.approx(last["accuracy"], rel=1e-3)
     assert "| `beta` | `0.2` |" in text
-    assert "label_smoothing 0.0" in text
+    assert "grad_clip 10.0" in text
     assert re.search(r"\| training \| pairs.jsonl \| .* \| 32 \| 32 \|", text)
     assert re.search(r"\| held out \| held_out.jsonl \| .* \| 5 \| 5 \|", text)
     (warning,) = read_json_lines(run / "warnings.jsonl")

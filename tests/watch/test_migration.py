@@ -31,7 +31,7 @@ def test_every_choice_that_the_table_names_exists():
     choices = [found for _, ours in ROWS for found in re.findall(r"`--([a-z-]+) ([a-z0-9-]+)`", ours)]
     assert choices
     for name, choice in choices:
-        assert f'"{choice}"' in kinds[name.replace("-", "_")], (name, choice)
+        assert choice in re.findall(r"[\w-]+", kinds[name.replace("-", "_")]), (name, choice)
 
 
 @pytest.mark.peers

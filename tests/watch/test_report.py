@@ -142,6 +142,33 @@ def test_pairs_are_those_of_the_last_evaluation(run, page):
     assert value == pytest.approx(last["length_correlation"], abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--token-budget", "60"),
+        ("--two-phase",),
+        ("--loss", "simpo"),
+        ("--comparisons", "ranking"),
+        ("--no-merge-prompts",),
+    ],
+    ids=" ".join,
+)
+def test_pairs_are_those_of_the_evaluation_however_it_is_computed(run, tmp_path, flags):
+    rows = [{"prompt": f"{k} ", "completions": ["aaaa", "bb" * k, "c" * 9], "scores": [2, 1, 0]} for k in range(1, 8)]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = "--eval-data", str(tmp_path / "scored.jsonl"), "--log-to", "none"
+    out = train(
+        run.parent / "model", tmp_path / "scored.jsonl", tmp_path / "out", *data, "--eval-split", "train[:5]", *flags
+    )
+    pairs, last = read_json_lines(out / "eval_pairs.jsonl"), read_json_lines(out / "eval.jsonl")[-1]
+    assert len(pairs) == 15
+    for side in ("chosen", "rejected"):
+        assert sum(p[f"{side}_reward"] for p in pairs) / 15 == pytest.approx(last[f"{side}_reward"], abs=1e-4)
+        assert sum(p[f"{side}_tokens"] for p in pairs) / 15 == pytest.approx(last[f"{side}_tokens"])
+    assert [p["row"] for p in pairs] == [k for k in range(1, 6) for _ in range(3)]
+    assert sorted(p["chosen_tokens"] for p in pairs if p["row"] == 2) == [5, 5, 5]
+
+
 def test_lines_are_drawn_where_the_numbers_are(run, page):
     steps = read_json_lines(run / "metrics.jsonl")
     svg = re.findall(r"<b>Loss</b>.*?</svg>", page)[0]

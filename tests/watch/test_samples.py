@@ -52,6 +52,20 @@ def test_samples_and_their_kl_are_in_the_run_folder(toy, tmp_path, flags):
     assert 0 < evals[-1]["sample_tokens"] <= 6
 
 
+@pytest.mark.parametrize(
+    "flags", [("--lora-r", "4"), ("--lora-r", "4", "--reference", "adapter-off"), ("--loss", "simpo")], ids=str
+)
+def test_adapters_and_losses_without_a_reference_are_sampled_too(toy, tmp_path, flags):
+    asked = "--sample-prompts", "4", "--samples-per-prompt", "8", "--lr", "2e-2", "--eval-every", "2", "--beta", "0.5"
+    run = go(toy, tmp_path / "run", *asked, *flags)
+    records, evals = read_json_lines(run / "samples.jsonl"), read_json_lines(run / "eval.jsonl")
+    assert all(r["policy"] == r["reference"] for r in records[:4])
+    assert evals[0]["kl"] == 0.0
+    assert [r["reference"] for r in records[-4:]] == [r["reference"] for r in records[:4]]
+    assert any(r["policy"] != r["reference"] for r in records[-4:])
+    assert evals[-1]["kl"] > 3 * evals[-1]["kl_se"] > 0
+
+
 def test_log_ratios_are_those_of_plain_forwards(toy, tmp_path):
     run = go(toy, tmp_path / "run", "--sample-prompts", "3", "--sample-temperature", "0.3", "--lr", "1e-2")
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
