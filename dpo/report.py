@@ -308,8 +308,8 @@ def _samples(run: Run) -> str:
     for record in newest:
         rows = zip(record["reference"][:shown], record["policy"][:shown], strict=True)
         two = "".join(
-            f"<div class='two'><div><small>before: the reference</small>{escape(before)}</div>"
-            f"<div><small>after {last} steps</small>{escape(after)}</div></div>"
+            f"<div class='two'><div><small>before: the reference</small>{escape(before.strip())}</div>"
+            f"<div><small>after {last} steps</small>{escape(after.strip())}</div></div>"
             for before, after in rows
         )
         prompt = f"<div class='prompt'><small>prompt</small>{escape(record['prompt'])}</div>"
