@@ -473,7 +473,12 @@ def _pickle_state(folder: Path) -> None:
     (folder / "state.safetensors").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
 
 
+def _old_state(folder: Path) -> None:
+    (folder / "state.json").write_text('{"format": 0, "state": {}}')
+
+
 _checkpoint("state that is cut short", _cut_state)
+_checkpoint("state of another format", _old_state)
 _checkpoint("state that is gone", lambda folder: (folder / "state.safetensors").unlink())
 _checkpoint("state that is a pickle that runs code", _pickle_state)
 _checkpoint("a model that is gone", lambda folder: shutil.rmtree(folder / "model"))
@@ -485,6 +490,60 @@ _checkpoint("settings that are damaged", lambda folder: (folder.parent.parent / 
 _checkpoint("settings that are a list", lambda folder: (folder.parent.parent / "config.yaml").write_text("- 1"))
 _checkpoint("another objective", lambda folder: None, "--beta", "0.7")
 _checkpoint("another optimizer", lambda folder: None, "--optimizer", "adamw")
+
+
+@case("checkpoint", "train --resume", "no run to go on with")
+def _no_run(here: Path, toy: Path) -> list[str]:
+    return _resume_words(here, toy, "--resume", "must")
+
+
+# --- Adapters
+
+
+@case("adapter", "train", "that is not there")
+def _no_adapter(here: Path, toy: Path) -> list[str]:
+    return train_words(here, toy, "--adapter", str(here / "none"))
+
+
+@case("adapter", "train", "a damaged adapter_config.json")
+def _bad_adapter(here: Path, toy: Path) -> list[str]:
+    (here / "adapter").mkdir()
+    (here / "adapter" / "adapter_config.json").write_text("{")
+    return train_words(here, toy, "--adapter", str(here / "adapter"))
+
+
+@case("adapter", "train", "--lora-r 0")
+def _rank_0(here: Path, toy: Path) -> list[str]:
+    return train_words(here, toy, "--lora-r", "0")
+
+
+@case("adapter", "train", "modules that the model does not have")
+def _no_modules(here: Path, toy: Path) -> list[str]:
+    return train_words(here, toy, "--lora-r", "2", "--lora-targets", "nonsense")
+
+
+@case("adapter", "merge", "that is not there")
+def _merge_none(here: Path, toy: Path) -> list[str]:
+    return ["merge", "--adapter", str(here / "none"), "--output", str(here / "merged")]
+
+
+# --- The store of the reference's log-probs
+
+
+@case("store", "train", "a place that is a file")
+def _store_file(here: Path, toy: Path) -> list[str]:
+    (here / "file").write_text("x")
+    return train_words(here, toy, "--reference-cache", str(here / "file"))
+
+
+@case("store", "cache", "data that is not there")
+def _cache_data(here: Path, toy: Path) -> list[str]:
+    return ["cache", "--model", str(toy / "model"), "--data", str(here / "none.jsonl")]
+
+
+@case("store", "cache", "a model that is not there")
+def _cache_model(here: Path, toy: Path) -> list[str]:
+    return ["cache", "--model", str(here / "none"), "--data", str(toy / "pairs.jsonl")]
 
 
 # --- Reports

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -103,6 +104,7 @@ def row(case: Case, line: str) -> str:
 
 def write() -> None:
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["FUSED_DPO_CACHE"] = folder + "/cache"
         toy = make_toy(Path(folder) / "toy")
         rows = []
         for k, case in enumerate(CASES):

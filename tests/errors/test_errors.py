@@ -36,8 +36,9 @@ def test_the_table_is_what_happens(toy, tmp_path, category):
 
 def test_every_entry_point_and_category_is_covered():
     entries = {case.entry for case in CASES}
-    assert entries >= {"train", "score", "report", "doctor", "train --resume", "Python"}
+    assert entries >= {"train", "train --resume", "score", "cache", "merge", "report", "doctor", "Python"}
     names = {"file", "row", "flag", "YAML", "model", "tokenizer", "checkpoint", "run folder", "NaN weights", "call"}
+    names |= {"adapter", "store"}
     assert set(ORDER) == names
     assert len({case.name for case in CASES}) == len(CASES)
 
