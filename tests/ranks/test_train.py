@@ -20,6 +20,18 @@ from tests.train.toy import write_model, write_pairs
 
 TOY = ("--pairs-per-step", "6", "--lr", "1e-3", "--warmup-steps", "2", "--max-steps", "4", "--token-budget", "100")
 
+KEYS = {
+    "step",
+    "loss",
+    "accuracy",
+    "margin",
+    "pairs",
+    "chosen_logps_per_token",
+    "length_correlation",
+    "grad_norm",
+    "lr",
+}
+
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
@@ -62,8 +74,9 @@ def two(toy, tmp_path_factory):
 def _same_run(ours: Path, theirs: Path) -> None:
     for name in ("metrics.jsonl", "eval.jsonl"):
         for mine, other in zip(read_json_lines(ours / name), read_json_lines(theirs / name), strict=True):
-            for key in ("step", "loss", "accuracy", "margin", "pairs", "chosen_logps_per_token", "grad_norm", "lr"):
-                assert mine.get(key) == pytest.approx(other.get(key), rel=2e-4, abs=2e-5), (name, mine["step"], key)
+            assert mine.keys() == other.keys()
+            for key in KEYS & mine.keys():
+                assert mine[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), (name, mine["step"], key)
     assert (weights(ours) - weights(theirs)).norm() <= 1e-4 * weights(theirs).norm()
 
 
