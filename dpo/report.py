@@ -64,7 +64,7 @@ def report(config: ReportConfig) -> Path:
             f"{run.folder}: expected the records of a run, found others ({type(error).__name__}: {error})"
         ) from error
     except OSError as error:
-        raise UserError(f"--output {path}: expected a file to write to, found: {error}") from error
+        raise UserError(f"--output {path}: expected a file to write to, found: {error.strerror or error}") from error
     say(f"wrote {path}")
     return path
 

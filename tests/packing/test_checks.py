@@ -92,7 +92,7 @@ def test_catches_what_is_not_a_number():
     head = model.get_output_embeddings()
     assert head is not None
     torch.nn.init.constant_(head.weight, float("nan"))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UserError, match="nan"):
+    with pytest.raises(UserError, match="not finite"):
         check_sharing(model, make_groups((2, 2)))
 
 

@@ -208,16 +208,17 @@ def test_what_data_workers_draw_depends_on_seed_and_step_only(toy, tmp_path):
     def drawn(workers: int, start: int, seed: int = 0) -> list[list[int]]:
         steps = StepDataset(_Augmented(random_groups(6)), StepPlan(groups_per_step=1, seed=seed))
         config = TrainConfig(model="", data="", data_workers=workers)
+        state = torch.get_rng_state()
         loader = dpo.train._loader(config, steps, start, torch.device("cpu"))
-        return [step.bins[0].batch.input_ids.flatten().tolist() for step in loader]
+        found = [step.bins[0].batch.input_ids.flatten().tolist() for step in loader]
+        assert torch.equal(torch.get_rng_state(), state)
+        return found
 
-    state = torch.get_rng_state()
     whole = drawn(1, 0)
     assert drawn(2, 0) == whole
     assert drawn(2, 3) == whole[3:]
     assert drawn(1, 0, seed=1) != whole
     assert len({tuple(row) for row in whole}) == 6
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ ROWS = [line.strip("| ").split(" | ") for line in SECTION[1].splitlines() if lin
 
 def test_every_flag_that_the_table_names_exists():
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)}
+    flags |= {flag.replace("--", "--no-", 1) for flag in flags}
     named = {flag for _, ours in ROWS for flag in re.findall(r"`(--[a-z-]+)", ours)}
     assert len(named) > 25
     assert named <= flags, named - flags

@@ -133,7 +133,7 @@ def test_advice_names_flags_that_exist_and_the_readme_has_every_threshold():
     assert named
     assert named <= flags
     text = README.read_text()
-    for sign in re.findall(r'^ {12}"([a-z0-9 -]+)",$', source, re.MULTILINE):
+    for sign in re.findall(r'^ {12}step,\n {12}"([a-z0-9 -]+)",$', source, re.MULTILINE):
         assert f"| {sign} |" in text, sign
     thresholds = signs.CHOSEN_FALLING, signs.MARGIN_EXPLODING, signs.STUCK, signs.STUCK_MARGIN, signs.LENGTH_BIAS
     for value in (*thresholds, signs.STUCK_STEPS, signs.LENGTH_MARGIN, signs.WINDOW_STEPS, signs.WINDOW_PAIRS):

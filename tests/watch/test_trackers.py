@@ -76,6 +76,7 @@ def test_a_service_gets_every_record_once_in_order(toy, tmp_path, monkeypatch, n
                 assert sent[record["step"]][f"{kind}/{key}"] == record[key]
     assert [values["eval/margins"][0] for _, values in service.logged if "eval/margins" in values] == ["histogram"] * 2
     assert service.finished == 1
+    (run / "finished.json").unlink()  # as if it had been killed after its last checkpoint
     go(toy, run, "--log-to", name, "--save-every", "1", "--beta", "0.2", "--resume", "auto")
     again = service.started[1]
     assert (again["name"], again.get("id")) == (started["name"], started.get("id"))
