@@ -187,15 +187,13 @@ def cut_cross_entropy(problem: Problem) -> Side:
 
 def trl(problem: Problem, *, completion_only: bool) -> Side:
     """TRL's head as its DPOTrainer runs it on CPU: every row; or, as it does where Triton is, completion rows."""
-    from trl.trainer.utils import (  # pyright: ignore[reportMissingImports]
-        _CHUNKED_LOGPROB_CHUNK_SIZE,
-        _ChunkedLogProbFunction,
-    )
+    from trl.trainer import utils  # pyright: ignore[reportMissingImports]
+
+    function: Any = utils._ChunkedLogProbFunction
+    size = utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
     def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        found = _ChunkedLogProbFunction.apply(
-            hidden, weight, None, targets.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
-        )[0]
+        found = function.apply(hidden, weight, None, targets.clamp(min=0), 1.0, size, None, 1.0, ("log_probs",))[0]
         return found.masked_fill(targets == -100, 0)
 
     if completion_only:

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 from triton.runtime import interpreter as stock
 
+from tests.harness.compiled import interpreter_only
+
 
 @contextlib.contextmanager
 def program_order(seed: int) -> Iterator[None]:
     """Inside the block, launches visit their grid in a permutation drawn from `seed`."""
+    interpreter_only()
     builder = stock.InterpreterBuilder
     original = builder.set_grid_idx
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 from triton.runtime import interpreter as stock
 
+from tests.harness.compiled import interpreter_only
+
 
 class OutOfBounds(AssertionError):
     """A kernel touched memory that belongs to none of its tensor arguments."""
@@ -87,6 +89,7 @@ class _Counting:
 @contextlib.contextmanager
 def count_traffic() -> Iterator[Traffic]:
     """Count inside the block; must be entered inside `interpret()`."""
+    interpreter_only()
     traffic = Traffic()
     native, init = stock._interpreter, stock.GridExecutor._init_args_hst
     builder = stock.InterpreterBuilder

@@ -7,7 +7,7 @@ import torch
 from dpo_kernels.calls import PairCall
 from dpo_kernels.common import LogitOptions
 from dpo_kernels.losses import KERNEL_IDS, LOSSES
-from dpo_kernels.tri import KernelCall, fixed, rows
+from dpo_kernels.tri import KernelCall, fixed, rows, tune
 from dpo_kernels.tri.fused import fused_backward, fused_forward
 from dpo_kernels.tri.logits import logps_backward, logps_forward
 from dpo_kernels.tri.pairs import pair_backward, pair_forward
@@ -70,6 +70,32 @@ def kernel_call(loss="sigmoid", reduction="mean", **options):
 
 EVERY_LOSS = ",".join(KERNEL_IDS)
 """All of the arithmetic in one kernel."""
+
+
+def assert_candidates_stream_well(target, dtype, vocabulary):
+    """Everything that tuning may choose, for the kernels on logits and on tiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "warp_size", lambda device: TARGETS[target].warp_size)
+        launches = tune.candidates(rows.launch_for(dtype, vocabulary, torch.device("cpu")))
+    for launch in launches:
+        with tune._forced(launch):
+            codes = compile_logits(target, dtype, vocabulary)
+            codes += compile_tiles(target, dtype, vocabulary)[:1] if dtype == torch.float32 else []
+        for code in codes:
+            assert_streams_well(code, 0)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_tuning_candidates_in_bf16(target):
+    assert_candidates_stream_well(target, torch.bfloat16, 50257)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [1000, 4096, 50257, 151936])
+def test_every_tuning_candidate(target, dtype, vocabulary):
+    assert_candidates_stream_well(target, dtype, vocabulary)
 
 
 def compile_fused(

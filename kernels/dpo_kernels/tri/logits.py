@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..common import LogitOptions
 from . import rows as _rows
+from . import tune
 from .rows import block_columns, peeled_columns, row_start, split_row
 
 # Statistics are a bit mask in the order of `common.STATS`: 1 entropy, 2 max_is_target, 4 mean_logit, 8 log_sum_sq.
@@ -266,7 +267,7 @@ def logps_forward(
     vocabulary = logits.shape[-1]
     outputs = [torch.empty(rows.count, dtype=torch.float32, device=logits.device) for _ in range(3)]
     statistics = torch.empty(stats.bit_count(), rows.count, dtype=torch.float32, device=logits.device)
-    launch = _rows.launch_for(logits.dtype, vocabulary, logits.device)
+    launch = tune.launch_for("forward", logits.dtype, vocabulary, logits.device)
     shape, inside, cap, outside = shaping(options)
     if rows.count:
         logps_forward_kernel[(rows.count,)](
@@ -292,7 +293,7 @@ def logps_backward(
     grad = source if in_place else _rows.empty_in_phase(source, _rows.phase_of(source))
     _, grad_rows = _rows.rows_of(grad)
     vocabulary = source.shape[-1]
-    launch = _rows.launch_for(source.dtype, vocabulary, source.device)
+    launch = tune.launch_for("backward", source.dtype, vocabulary, source.device)
     shape, inside, cap, outside = shaping(options)
     if rows.count:
         logps_backward_kernel[(rows.count,)](

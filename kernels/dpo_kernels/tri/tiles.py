@@ -16,6 +16,7 @@ import triton.language as tl
 from .. import sharding
 from ..common import STATS, LogitOptions
 from . import rows as _rows
+from . import tune
 from .logits import LOG2_E, LOWEST, row_statistics, shaping, target_score, write_row_gradient, write_row_zeros
 
 
@@ -162,7 +163,7 @@ def mask_of(names: tuple[str, ...]) -> int:
 def fold_tile(tile: torch.Tensor, state: TileState, v0: int, stats: int) -> torch.Tensor:
     """Fold columns v0 on, raw logits [n, v], into the rows' state; returns e^(old - new maximum) [n]."""
     rescale = torch.empty(tile.shape[0], dtype=torch.float32, device=tile.device)
-    launch = _rows.launch_for(tile.dtype, tile.shape[1], tile.device)
+    launch = tune.launch_for("fold", tile.dtype, tile.shape[1], tile.device)
     shape, inside, cap, outside = shaping(state.options)
     fold_kernel[(tile.shape[0],)](
         tile, state.targets, state.maximum, state.total, state.target, state.weighted, state.squares, state.plain,
@@ -187,7 +188,8 @@ def tile_gradient(
     """
     shape, inside, cap, outside = shaping(state.options)
     # One 16-byte word of the narrower type; the wider one takes two.
-    launch = _rows.launch_for(min(tile.dtype, out.dtype, key=lambda d: d.itemsize), tile.shape[1], tile.device)
+    narrow = min(tile.dtype, out.dtype, key=lambda d: d.itemsize)
+    launch = tune.launch_for("gradient", narrow, tile.shape[1], tile.device)
     words = launch.vec * tile.dtype.itemsize // _rows.WORD
     tile_gradient_kernel[(tile.shape[0],)](
         tile, out, state.targets, state.maximum, state.maximum if inverse is None else inverse,
