@@ -200,6 +200,8 @@ class TrainConfig(LossConfig, DataConfig):
     """Modules that get an adapter: all-linear (every linear layer but the LM head), or names with commas between."""
     lora_config: str | None = None
     """A peft configuration (adapter_config.json) instead of the --lora flags."""
+    load_in_4bit: bool = False
+    """Keep the linear weights under a LoRA adapter in 4 bits (NF4 of bitsandbytes). Needs CUDA."""
     dropout: bool = False
     """Keep the checkpoint's dropout. Off: zero, so that policy and reference agree exactly."""
     eval_every: int = 0
@@ -318,8 +320,9 @@ class TrainConfig(LossConfig, DataConfig):
         for name, plain in (("lora_alpha", None), ("lora_dropout", 0.0), ("lora_targets", "all-linear")):
             value = getattr(self, name)
             _require(value == plain or self.lora_r is not None, _flag(name), "--lora-r beside it", "none")
+        expected = "--lora-r, --lora-config or --adapter beside it"
+        _require(bool(given) or not self.load_in_4bit, "--load-in-4bit", expected, "none")
         if self.reference == "adapter-off":
-            expected = "--lora-r, --lora-config or --adapter beside it"
             _require(bool(given), "--reference adapter-off", expected, "none")
             _require(
                 self.reference_model is None, "--reference adapter-off", "no --reference-model", self.reference_model

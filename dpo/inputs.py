@@ -80,8 +80,11 @@ def load_network(
         path, adapter, adapter_flag = base_of(path, flag), path, flag
     transformers_logging.disable_progress_bar()
     dtype = torch.bfloat16 if isinstance(config, DataConfig) and config.param_dtype == "bf16" else torch.float32
-    remote = config.trust_remote_code
-    model: Any = load_model(path, dtype=dtype, name=flag, trust_remote_code=remote, keep_dropout=dropout)
+    remote, four_bits = config.trust_remote_code, isinstance(config, TrainConfig) and config.load_in_4bit
+    place = resolve_device(config.device) if four_bits else None
+    model: Any = load_model(
+        path, dtype=dtype, name=flag, trust_remote_code=remote, keep_dropout=dropout, in_4bit_on=place
+    )
     if dropout:
         refuse_dropout(model, config.layout)
     if adapter is not None:
@@ -90,7 +93,8 @@ def load_network(
 
 
 def _make_ready(config: InputConfig, model: Any) -> Any:
-    if not launched():  # else see dpo.placement
+    # else see dpo.placement; weights in 4 bits are where they belong
+    if not launched() and not getattr(model, "is_loaded_in_4bit", False):
         model.to(resolve_device(config.device))
     prepare(model, config.layout)
     return model
@@ -135,6 +139,8 @@ def _load_trained(config: TrainConfig, path: str | None, dropout: bool) -> Any:
     """The model that trains: from the start, or from `path`, which holds a model or the adapter that trained on it."""
     adapter = config.adapter if path is None else path if is_adapter(path) else None
     model = load_network(config, config.model if path is None or adapter else path, dropout=dropout, adapter=adapter)
+    if getattr(model, "is_loaded_in_4bit", False) and not config.trains_adapter:
+        raise UserError(f"--model {config.model}: expected --lora-r to train on weights of 4 bits, found none")
     if path is None and config.lora_r is not None:
         settings = {"alpha": config.lora_alpha, "dropout": config.lora_dropout, "targets": config.lora_targets}
         add_adapter(model, lora_config(config.lora_r, **settings), config.model, "--lora-targets")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -32,11 +41,13 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     keep_dropout: bool = False,
+    in_4bit_on: torch.device | None = None,
     name: str = "--model",
 ) -> PreTrainedModel:
     """Load a causal LM for training: weights in `dtype`, no key-value cache, dropout 0 unless `keep_dropout`.
 
-    path: a folder, a model id, a `.gguf` file, or a folder that holds one. name: the flag that errors name.
+    path: a folder, a model id, a `.gguf` file, or a folder that holds one. in_4bit_on: put it on this device with its
+    linear layers (but the head) in 4 bits, to train an adapter on. name: the flag that errors name.
     Raises UserError when nothing is there, when it is not a causal LM, or when weights are missing from the checkpoint.
     """
     options = _source(path, name)
@@ -45,11 +56,13 @@ def load_model(
         zeroed = zero_dropout(config)
         if zeroed:
             _LOG.warning("%s: dropout set to 0: %s", name, ", ".join(zeroed))
+    quantized = {} if in_4bit_on is None else _four_bits(in_4bit_on, path, config, options)
     model, info = _load(
         AutoModelForCausalLM.from_pretrained,
         name,
         path,
         **options,
+        **quantized,
         config=config,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -76,6 +89,27 @@ def load_config(path: str, *, trust_remote_code: bool = False, name: str = "--mo
     if config.is_encoder_decoder or not (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         raise UserError(f"{name} {path}: expected a causal language model, found model type {config.model_type!r}")
     return config
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _four_bits(device: torch.device, path: str, config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained` for weights in 4 bits on a device."""
+    if device.type != "cuda":
+        raise UserError(f"--load-in-4bit: expected a CUDA device, found {device}")
+    if not _installed("bitsandbytes"):
+        raise UserError("--load-in-4bit: needs the package bitsandbytes: pip install bitsandbytes")
+    if "gguf_file" in options or getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"--load-in-4bit: expected a checkpoint of plain weights, found {path}, quantized already")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def checkpoint_dtype(path: str, trust_remote_code: bool = False, name: str = "--model") -> torch.dtype:

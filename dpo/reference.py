@@ -37,7 +37,8 @@ def store_frozen(model: Any, objective: Objective) -> Any:
     head = model.get_output_embeddings()
     kept = {*head.modules(), *factors(model)}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module not in kept and not module.weight.requires_grad:
+        plain = isinstance(module, nn.Linear) and module.weight.is_floating_point()
+        if plain and module not in kept and not module.weight.requires_grad:
             module.to(objective.autocast)
     return model
 

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .calls import PairCall
 from .common import TokenStats
 from .head import linear_token_logps
+from .losses import LOSSES
 from .modules import halves
 from .pairs import pair_loss
 from .scaling import logit_scaling
@@ -24,20 +26,22 @@ from .scaling import logit_scaling
 STATS = ("entropy", "mean_logit", "max_is_target")
 """What TRL logs beside the log-probs; WPO weights need "log_sum_sq" too."""
 
-OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "f_divergence_type": ("reverse_kl",),
-    "f_alpha_divergence_coef": (0.5,),
-    "label_smoothing": (0.0,),
-    "discopop_tau": (0.05,),
-    "padding_free": (False,),
-    "use_liger_kernel": (False,),
-    "torch_compile": (False,),
-}
-"""Options of DPOConfig that must keep these values. Those that TRL itself ignores for the losses taken here (label
-smoothing, the coefficients of other losses, padding_free) are refused too: nothing is accepted and ignored."""
+TRL_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+"""Values of loss_type: all, as TRL has them (bco_pair without a running baseline, sft as a mean over tokens)."""
 
-LOSSES = ("sigmoid",)
-"""Values of loss_type taken over."""
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+"""Losses for which TRL reads label_smoothing."""
+
+DIVERGENCES = {
+    "reverse_kl": "reverse_kl", "forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"
+}  # fmt: skip
+"""f_divergence_type as `pair_loss` names it."""
+
+PLAIN: Mapping[str, Any] = {"padding_free": False, "use_liger_kernel": False, "torch_compile": False}
+"""Options that must keep these values (TRL ignores padding_free: nothing is accepted and ignored here)."""
 
 
 def _refuse(option: str, expected: object, found: object) -> None:
@@ -45,16 +49,47 @@ def _refuse(option: str, expected: object, found: object) -> None:
 
 
 def check_options(args: Any) -> None:
-    """ValueError naming the first option of a DPOConfig that is not honoured, and its value."""
-    kinds = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-    if len(kinds) != 1 or kinds[0] not in LOSSES:
-        _refuse("loss_type", f"one of {', '.join(LOSSES)}", args.loss_type)
-    for name, allowed in OPTIONS.items():
-        value = getattr(args, name, allowed[0])
-        if value not in allowed:
-            _refuse(name, " or ".join(map(repr, allowed)), value)
+    """ValueError naming the first option of a DPOConfig that is not honoured, and its value.
+
+    An option that TRL takes and ignores with the losses asked for (label smoothing with sigmoid) is refused too.
+    """
+    for name, plain in PLAIN.items():
+        if getattr(args, name, plain) != plain:
+            _refuse(name, plain, getattr(args, name))
+    names = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+    if not names or not set(names) <= set(TRL_LOSSES):
+        _refuse("loss_type", f"out of {', '.join(TRL_LOSSES)}", args.loss_type)
+    if args.label_smoothing and not set(names) & set(SMOOTHED):
+        _refuse("label_smoothing", f"0 with {', '.join(names)}, for which TRL ignores it", args.label_smoothing)
+    if args.discopop_tau != 0.05 and "discopop" not in names:
+        _refuse("discopop_tau", f"0.05 with {', '.join(names)}", args.discopop_tau)
+    if args.f_divergence_type not in DIVERGENCES:
+        _refuse("f_divergence_type", f"one of {', '.join(DIVERGENCES)}", args.f_divergence_type)
+    coefficient, alpha = args.f_alpha_divergence_coef, args.f_divergence_type == "alpha_divergence"
+    if not (0.0 <= coefficient < 1.0 if alpha else coefficient == 0.5):
+        expected = "0 <= value < 1" if alpha else f"0.5 with f_divergence_type {args.f_divergence_type!r}"
+        _refuse("f_alpha_divergence_coef", expected, coefficient)
     if args.ld_alpha is not None and not 0.0 <= args.ld_alpha <= 1.0:
         _refuse("ld_alpha", "a number from 0 to 1, or None", args.ld_alpha)
+    if args.use_weighting and "sft" in names:
+        _refuse("use_weighting", "False with sft, where TRL fails", args.use_weighting)
+    for name in names:
+        if name != "sft":
+            PairCall.check(name, args.beta, "mean", **loss_options(args, name))
+
+
+def loss_options(args: Any, name: str) -> dict[str, Any]:
+    """Options of `pair_loss` that a DPOConfig gives one of its losses."""
+    options: dict[str, Any] = {}
+    if name in SMOOTHED:
+        options["label_smoothing"] = args.label_smoothing
+    if name == "discopop":
+        options["discopop_tau"] = args.discopop_tau
+    if "f_divergence" in LOSSES[name].options:
+        options["f_divergence"] = DIVERGENCES[args.f_divergence_type]
+        if args.f_divergence_type == "alpha_divergence":
+            options["f_alpha"] = 1.0 - args.f_alpha_divergence_coef
+    return options
 
 
 def check_trainer(trainer: Any) -> None:
@@ -174,19 +209,38 @@ def _loss(trainer: Any, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, 
     tokens = _Tokens.of(inputs, trainer.ld_alpha)
     found: TokenStats = model(**_inputs_of(inputs), labels=tokens.labels, fused_lm_head=True)
     if trainer.precompute_ref_logps:
-        held = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        ref = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]).double()
         # both sums rounded alike: a policy that equals its reference has margins of exactly 0
-        delta = tokens.sums(found.logps).float().double() - held.double()
+        delta = tokens.sums(found.logps).float().double() - ref
     else:
+        per_token = _reference(trainer, inputs, tokens.labels)
+        ref = tokens.sums(per_token)
         # token by token: two sums of thousands of nats would lose the digits of their difference
-        delta = tokens.sums(found.logps.double() - _reference(trainer, inputs, tokens.labels).double())
-    chosen, rejected = halves(len(delta), delta.device)
+        delta = tokens.sums(found.logps.double() - per_token.double())
     weights = _wpo_weights(tokens, found) if trainer.use_weighting else None
-    out = pair_loss(
-        delta.float(), torch.zeros_like(delta, dtype=torch.float32), chosen, rejected,
-        loss=trainer.loss_types[0], beta=trainer.beta, pair_weights=weights,
-    )  # fmt: skip
-    return out.loss * trainer.loss_weights[0], _sums(tokens, found, out, inputs)
+    loss = delta.new_zeros((), dtype=torch.float32)
+    for name, weight in zip(trainer.loss_types, trainer.loss_weights, strict=True):
+        loss = loss + weight * _term(trainer, name, tokens, found, delta, ref, weights)
+    return loss, _sums(tokens, found, trainer.beta * delta.detach(), inputs)
+
+
+def _term(
+    trainer: Any, name: str, tokens: _Tokens, found: TokenStats, delta: Tensor, ref: Tensor, weights: Tensor | None
+) -> Tensor:
+    """One of the losses, from log ratios and the reference's log-probs [B] float64."""
+    chosen, rejected = halves(len(delta), delta.device)
+    if name == "sft":
+        return -tokens.spread(found.logps).chunk(2)[0].sum().float() / tokens.mask.chunk(2)[0].sum()
+    if LOSSES[name].coupled == "batch":  # sorts log-probs, of policy and reference apart
+        policy, base = ref + delta, ref
+    else:
+        policy, base = delta.float(), torch.zeros_like(delta, dtype=torch.float32)
+    options = loss_options(trainer.args, name)
+    if PairCall.check(name, trainer.beta, "mean", **options).lengths:
+        options["lengths"] = tokens.mask.sum(1)
+    return pair_loss(
+        policy, base, chosen, rejected, loss=name, beta=trainer.beta, pair_weights=weights, **options
+    ).loss.float()
 
 
 def _wpo_weights(tokens: _Tokens, found: TokenStats) -> Tensor:
@@ -197,13 +251,13 @@ def _wpo_weights(tokens: _Tokens, found: TokenStats) -> Tensor:
     return (chosen + rejected).exp().float()
 
 
-def _sums(tokens: _Tokens, found: TokenStats, out: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _sums(tokens: _Tokens, found: TokenStats, rewards: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     assert found.entropy is not None
     assert found.mean_logit is not None
     assert found.max_is_target is not None
     logps, logits = tokens.sums(found.logps.detach()).chunk(2), tokens.spread(found.mean_logit).chunk(2)
     lengths = [part.sum() for part in tokens.mask.chunk(2)]
-    won, lost = out.chosen_rewards.double(), out.rejected_rewards.double()
+    won, lost = rewards.chunk(2)
     return {
         "pairs": torch.full_like(won, 1.0).sum(),
         "chosen_tokens": lengths[0],
@@ -292,10 +346,10 @@ def patch_trl(target: Any) -> Any:
 
     target: a trainer (`patch_trl(trainer)`, after which `trainer.train()` runs here; returned too), or the class or a
     subclass of it (`DPOTrainer = patch_trl(DPOTrainer)`, a new class: nothing global changes). Only completion tokens
-    reach the LM head, for policy and reference; log ratios are summed token by token in float64. Honoured: beta,
-    loss_type ["sigmoid"] with its weight, ld_alpha, use_weighting, precompute_ref_log_probs (through the class also the
-    precomputation itself), sync_ref_model, peft adapters (not of the head), mixed precision, DDP, and whatever lies
-    outside loss and head. ValueError names any other option and its value.
+    reach the LM head, for policy and reference; log ratios are summed token by token in float64. Honoured: every
+    loss_type and option of the loss, precompute_ref_log_probs (through the class also the precomputation itself),
+    sync_ref_model, peft adapters (not of the head), mixed precision, DDP, and whatever lies outside loss and head.
+    ValueError names any other option and its value, and any that TRL ignores.
     """
     trl = importlib.import_module("trl")
     if not trl.__version__.startswith("1.16."):

@@ -79,7 +79,8 @@ def assert_same(ours: list[dict[str, float]], theirs: list[dict[str, float]], to
     for name in theirs[0]:
         scale = max(1.0, *(abs(record.get(name, 0.0)) for record in theirs))
         for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            tie = "accuracies" in name and max(abs(a["rewards/margins"]), abs(b["rewards/margins"])) < 1e-5
+            margins = name.replace("accuracies", "margins")
+            tie = margins != name and max(abs(a.get(margins, 0.0)), abs(b.get(margins, 0.0))) < 1e-5
             if name in b and not tie:  # the signs of margins that are rounding say nothing
                 assert abs(a[name] - b[name]) <= tolerance * scale, (step, name, a[name], b[name])
 
@@ -194,9 +195,33 @@ def test_peft_adapters_and_their_reference(toy, tmp_path, start):
     assert (ours[0]["rewards/margins"] == 0.0) == (start != "prompt tuning")
 
 
+LOSSES = {
+    **{name: {"loss_type": [name]} for name in trl_hook.TRL_LOSSES if name != "sigmoid"},
+    "robust": {"loss_type": ["robust"], "label_smoothing": 0.1},
+    "exo_pair": {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
+    "aot, smoothed": {"loss_type": ["aot"], "label_smoothing": 0.2, "ld_alpha": 0.3},
+    "discopop, tau": {"loss_type": ["discopop"], "discopop_tau": 0.5},
+    "js": {"f_divergence_type": "js_divergence"},
+    "alpha": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+    "ipo, weighted": {"loss_type": ["ipo"], "use_weighting": True},
+    "sums": {
+        "loss_type": ["sigmoid", "robust", "sft"], "loss_weights": [0.8, 0.2, 0.5], "label_smoothing": 0.1,
+        "f_divergence_type": "forward_kl",
+    },
+    "precomputed": {"loss_type": ["aot", "sigmoid_norm"], "precompute_ref_log_probs": True, "ld_alpha": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES.keys())
+def test_every_loss_computes_what_trl_computes(toy, tmp_path, options):
+    options = {"max_steps": 2, **options}
+    theirs = run(build(toy, tmp_path / "a", **options))
+    assert_same(run(build(toy, tmp_path / "b", patch_trl(trl().DPOTrainer), **options)), theirs)
+
+
 REFUSED = {
-    "loss_type": ["hinge"],
-    "f_divergence_type": "js_divergence",
+    "loss_type": ["simpo"],
+    "f_divergence_type": "hellinger",
     "f_alpha_divergence_coef": 0.3,
     "label_smoothing": 0.1,
     "discopop_tau": 0.1,
@@ -217,9 +242,24 @@ def test_other_options_are_refused_by_name_and_value(toy, tmp_path, name, value)
         patch_trl(trainer)
 
 
-def test_several_losses_and_adapters_of_the_head_are_refused(toy, tmp_path):
-    with pytest.raises(ValueError, match="loss_type"):
-        build(toy, tmp_path, patch_trl(trl().DPOTrainer), loss_type=["sigmoid", "sft"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": ["sft"], "use_weighting": True}, "use_weighting: patch_trl expected False with sft"),
+        (
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.5},
+            "f_alpha_divergence_coef: patch_trl expected 0 <= value < 1, found 1.5",
+        ),
+        ({"loss_type": ["robust"], "label_smoothing": 0.6}, "label_smoothing: expected 0 <= value < 0.5, found 0.6"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        trl_hook.check_options(trl().DPOConfig(bf16=False, use_cpu=True, **options))
+
+
+def test_adapters_of_the_head_and_auxiliary_losses_are_refused(toy, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="peft_config: patch_trl expected no adapter"):
@@ -245,8 +285,9 @@ def test_every_option_of_dpo_config_is_accounted_for():
     outside |= {"truncation_mode", "pad_to_multiple_of", "activation_offloading", "pad_token"}
     honoured = {"loss_weights", "beta", "use_weighting", "precompute_ref_log_probs", "precompute_ref_batch_size"}
     honoured |= {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"}
-    checked = {"loss_type", "ld_alpha", "router_aux_loss_coef"}
-    assert own == outside | honoured | checked | (set(trl_hook.OPTIONS) & own)
+    honoured |= {"loss_type", "ld_alpha", "label_smoothing", "discopop_tau"}
+    honoured |= {"f_divergence_type", "f_alpha_divergence_coef"}
+    assert own == outside | honoured | {"router_aux_loss_coef"} | (set(trl_hook.PLAIN) & own)
 
 
 DISTRIBUTED = """

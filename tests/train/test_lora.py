@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo.adapters import adapter_of, add_adapter, as_reference, head_parts
 from dpo.cli import main
 from dpo.config import TrainConfig
+from dpo.errors import UserError
 from dpo.inputs import load_policy, objective_of
 from dpo.metrics import read_json_lines
 from dpo.model import shared_logps, stock_attention
@@ -234,6 +235,21 @@ def test_frozen_weights_in_half_precision_change_no_bit_under_autocast(toy, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("reference", ["cached", "adapter-off", "online"])
+@pytest.mark.parametrize("start", ["new", "continued"])
+def test_samples_are_compared_with_the_reference_that_training_has(toy, adapter, tmp_path, start, reference):
+    way = LORA if start == "new" else ("--adapter", str(adapter))
+    flags = "--eval-data", str(toy / "held_out.jsonl"), "--sample-prompts", "3", "--sample-tokens", "6"
+    train(toy, tmp_path / "run", *way, *flags, "--reference", reference, "--eval-every", "2", "--dtype", "bf16")
+    records, evals = (read_json_lines(tmp_path / "run" / name) for name in ("samples.jsonl", "eval.jsonl"))
+    assert evals[0]["kl"] == 0.0
+    assert evals[-1]["kl"] != 0.0
+    assert all(r["reference"] == r["policy"] for r in records if r["step"] == 0)
+    before = {r["prompt"]: r["policy"] for r in records if r["step"] == 0}
+    assert all(r["reference"] == before[r["prompt"]] for r in records)
+
+
+@pytest.mark.slow
 def test_a_peft_configuration_does_what_the_flags_do(toy, tmp_path, plain):
     shutil.copy(plain[0] / "model" / "adapter_config.json", tmp_path / "lora.json")
     close(train(toy, tmp_path / "run", "--lora-config", str(tmp_path / "lora.json")), plain[1], 1e-6)
@@ -370,6 +386,8 @@ def test_merging_keeps_the_precision_asked_for_and_writes_over_nothing(toy, plai
         (("--lora-targets", "q_proj"), "--lora-targets: expected --lora-r beside it"),
         (("--reference", "adapter-off"), "--reference adapter-off: expected --lora-r"),
         ((*LORA, "--reference", "adapter-off", "--reference-model", "x"), "expected no --reference-model"),
+        (("--load-in-4bit",), "--load-in-4bit: expected --lora-r, --lora-config or --adapter beside it"),
+        ((*LORA, "--load-in-4bit", "--device", "cpu"), "--load-in-4bit: expected a CUDA device, found cpu"),
         ((*LORA, "--adapter", "x"), "--lora-r and --adapter: expected one of them"),
         ((*LORA, "--lora-targets", "q_proj,k_porj"), "--lora-targets: expected names of modules of LlamaForCausalLM"),
         ((*LORA, "--lora-targets", "lm_head", "--lora-dropout", "0.1"), "expected no dropout in an adapter of the LM"),
@@ -401,6 +419,29 @@ def test_bad_input_gets_one_line_and_status_2(toy, adapter, tmp_path, capsys, fl
     assert message.format(**places) in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_four_bits_are_asked_of_transformers_where_they_can_be_had(toy, monkeypatch):
+    """The way there: no GPU has run it yet."""
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(path: str, **options: Any) -> Any:
+        asked.update(options)
+        raise OSError("as far as it goes here")
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr("dpo.inputs.resolve_device", lambda name: device)
+    settings = TrainConfig(model=str(toy / "model"), data="x", lora_r=4, load_in_4bit=True)
+    monkeypatch.setattr("dpo.load._installed", lambda name: False)
+    with pytest.raises(UserError, match="--load-in-4bit: needs the package bitsandbytes"):
+        load_policy(settings)
+    monkeypatch.setattr("dpo.load._installed", lambda name: True)
+    monkeypatch.setattr("dpo.load.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    with pytest.raises(UserError, match="as far as it goes here"):
+        load_policy(settings)
+    assert asked["device_map"] == {"": device}
+    assert asked["quantization_config"].load_in_4bit
+    assert asked["quantization_config"].bnb_4bit_quant_type == "nf4"
 
 
 def test_head_parts_sees_through_pefts_wrappers(toy):
