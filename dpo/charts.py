@@ -52,6 +52,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def labels(values: Sequence[float]) -> list[str]:
     """Ticks as text, with as many digits as tell them apart."""
     step = min((abs(b - a) for a, b in pairwise(values)), default=1.0)
+    shown: list[str] = []
     for digits in range(1, 10):
         shown = [number(value, digits) for value in values]
         if all(abs(float(text) - value) < 0.01 * step for text, value in zip(shown, values, strict=True)):

@@ -152,7 +152,8 @@ def attention_choice(device_type: str, dtype: torch.dtype, softcap: float | None
     if dtype == torch.float32:
         return "eager", "one plain call a segment: the variable-length kernels have no fp32"
     try:
-        return default_varlen(softcap).__name__.removesuffix("_varlen") + " varlen", "one call a row"
+        name = getattr(default_varlen(softcap), "__name__", "custom").removesuffix("_varlen")
+        return name + " varlen", "one call a row"
     except UserError as error:
         return "none", str(error)
 
@@ -256,7 +257,8 @@ def _forward(device: torch.device) -> Check:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = LlamaForCausalLM(config).to(device)
+        model: Any = LlamaForCausalLM(config)
+        model.to(device)
     groups = [Group([1, 2, 3, 4], [[5, 6], [7], [8, 9, 10]], ()), Group([11, 12], [[13], [14, 15]], ())]
     found = check_sharing(model, groups)
     return Check("packed against plain", found.max_abs_error, found.tolerance)

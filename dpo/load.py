@@ -182,7 +182,7 @@ def _load(function: Any, name: str, path: str, **options: Any) -> Any:
     options.pop("subfolder", None)
     verbosity = transformers_logging.get_verbosity()
     # its reports of missing and mismatched weights, many lines each, come back to us as values or errors
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
     try:
         return function(source, **options)
     except pickle.UnpicklingError as error:

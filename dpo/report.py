@@ -212,6 +212,7 @@ def _curves(run: Run) -> str:
     epochs = [b["step"] for a, b in pairwise(steps) if b["epoch"] != a["epoch"]]
     starts_at_ln2 = abs(steps[0]["loss"] - math.log(2)) < 1e-3
     norms = [(r["step"], r["grad_norm"]) for r in steps if r.get("grad_norm")]
+    before_clipping = Series("before clipping", [k for k, _ in norms], [v for _, v in norms], "a")
     sides = (("chosen", "a"), ("rejected", "b"))
     figures = [
         lines(
@@ -241,7 +242,7 @@ def _curves(run: Run) -> str:
             marks=epochs,
             note="nats, training pairs of each step, smoothed",
         ),
-        lines("Gradient norm", [Series("before clipping", *zip(*norms, strict=True), "a")] if norms else [], log=True),
+        lines("Gradient norm", [before_clipping], log=True),
     ]
     if any("length_correlation" in r for r in steps):
         figures.append(

@@ -282,7 +282,7 @@ _yaml("null bytes", b"\0\0\0")
 def _model(what: str, *flags: str, entries: tuple[str, ...] = ("train", "score", "doctor")) -> Callable[[Any], None]:
     """The decorated function spoils a copy of the toy model in the folder it is given."""
 
-    def keep(spoil: Callable[[Path], None]) -> None:
+    def keep(spoil: Callable[[Path], object]) -> None:
         def make(here: Path, toy: Path, entry: str) -> list[str]:
             folder = here / "model"
             shutil.copytree(toy / "model", folder)
@@ -329,7 +329,7 @@ _model("a damaged GGUF file", entries=("train",))(
 )
 
 
-def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -427,7 +427,7 @@ def _too_many_tokens(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(held))
 
 
-def _tokenizer(what: str, spoil: Callable[[Path], None]) -> None:
+def _tokenizer(what: str, spoil: Callable[[Path], object]) -> None:
     def make(here: Path, toy: Path, entry: str) -> list[str]:
         shutil.copytree(toy / "model", here / "model")
         spoil(here / "model")
@@ -452,7 +452,7 @@ def _resume_words(here: Path, toy: Path, *flags: str) -> list[str]:
     return [*words, *flags]
 
 
-def _checkpoint(what: str, spoil: Callable[[Path], None], *flags: str) -> None:
+def _checkpoint(what: str, spoil: Callable[[Path], object], *flags: str) -> None:
     """Spoils the newest checkpoint of a run."""
 
     def make(here: Path, toy: Path) -> list[str]:
@@ -549,7 +549,7 @@ def _cache_model(here: Path, toy: Path) -> list[str]:
 # --- Reports
 
 
-def _report(what: str, spoil: Callable[[Path], None]) -> None:
+def _report(what: str, spoil: Callable[[Path], object]) -> None:
     def make(here: Path, toy: Path) -> list[str]:
         shutil.copytree(toy / "run", here / "run")
         spoil(here / "run")

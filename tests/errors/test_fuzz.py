@@ -48,8 +48,9 @@ TYPICAL = st.fixed_dictionaries(
 )
 MAPPINGS = (TYPICAL | st.dictionaries(NAMES | st.text(max_size=9), SETTING, max_size=4)).map(yaml.safe_dump)
 
-often = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-seldom = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+often = settings(max_examples=150, deadline=None, suppress_health_check=SLOW)
+seldom = settings(max_examples=25, deadline=None, suppress_health_check=SLOW)
 
 
 @pytest.fixture(scope="module")

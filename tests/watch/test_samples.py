@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -101,12 +102,13 @@ def test_temperature_0_takes_the_most_likely_token_and_gives_no_kl(toy, tmp_path
     run = go(toy, tmp_path / "run", "--sample-prompts", "2", "--sample-temperature", "0", "--max-steps", "1")
     assert [r["kl"] for r in read_json_lines(run / "eval.jsonl")] == [None, None]
     record = read_json_lines(run / "samples.jsonl")[0]
-    tokenizer, model = (c.from_pretrained(toy / "model") for c in (AutoTokenizer, AutoModelForCausalLM))
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    model: Any = AutoModelForCausalLM.from_pretrained(toy / "model")
     ids = tokenizer(record["prompt"]).input_ids
     for _ in range(6):
         if ids[-1] == tokenizer.eos_token_id:
             break
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))  # pyright: ignore[reportCallIssue]
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert record["policy"] == [tokenizer.decode(ids[-6:], skip_special_tokens=True)]
 
 
