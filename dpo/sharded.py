@@ -16,10 +16,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import empty as empty_parts
 
 from dpo.parallel import is_sharded
 
@@ -63,7 +65,7 @@ def load_parts(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensor]:
             for name, kind in reader.read_metadata().state_dict_metadata.items():
                 held[name] = _empty(kind.size, kind.properties.dtype, mesh)  # pyright: ignore[reportAttributeAccessIssue]
             dcp.load(held, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=mesh is None)
-    except (OSError, SafetensorError, RuntimeError, AssertionError, KeyError, dcp.CheckpointException) as error:
+    except (OSError, SafetensorError, RuntimeError, AssertionError, KeyError, CheckpointException) as error:
         raise ValueError(
             f"expected the parts of tensors in {FOLDER}/, found: {' '.join(str(error).split())}"
         ) from error
@@ -73,7 +75,7 @@ def load_parts(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensor]:
 def _empty(size: torch.Size, dtype: torch.dtype, mesh: DeviceMesh | None) -> Tensor:
     if mesh is None:
         return torch.empty(size, dtype=dtype)
-    return torch.distributed.tensor.empty(size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
+    return empty_parts(size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
 
 
 def spread_like(values: Mapping[str, Tensor] | Tensor, mesh: DeviceMesh) -> Any:
@@ -89,12 +91,14 @@ def mesh_of(model: Any) -> DeviceMesh | None:
     """The mesh over which a model is sharded."""
     if not is_sharded(model):
         return None
-    return next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    parts = (p for p in model.parameters() if isinstance(p, DTensor))
+    return next(parts).device_mesh
 
 
 def whole_weights(model: Any) -> dict[str, Tensor]:
     """The whole state dict of a sharded model on the CPU, on rank 0 (nothing on the others). All ranks call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: value for name, value in whole.items() if isinstance(value, Tensor)}
 
 
 def part_weights(model: Any) -> dict[str, Tensor]:
