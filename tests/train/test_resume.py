@@ -199,6 +199,9 @@ def test_the_best_checkpoint_stays_and_becomes_the_model(toy, tmp_path, capsys):
 class _Augmented(Groups):
     """Data that draws from every generator when it is read."""
 
+    def num_pairs(self, index: int) -> int:
+        return 1
+
     def __getitem__(self, index: Any) -> Any:
         legacy = int(np.random.randint(97))  # noqa: NPY002
         return Group([random.randrange(97), legacy, int(torch.randint(97, ()))], [[1], [2]], [(0, 1)])
