@@ -53,6 +53,7 @@ def train(toy: Path, output: Path, *flags: str) -> tuple[Counter[str], list[dict
     of one product of all N rows; and the metrics."""
     words = ["train", "--model", str(toy / "model"), "--data", str(toy / "pairs.jsonl"), "--output", str(output)]
     words += ["--pairs-per-step", str(PAIRS), "--max-steps", "1", "--lr", "1e-3", "--warmup-steps", "0"]
+    words += ["--reference-cache", str(output.with_name(f"{output.name}-references"))]  # nothing of another run's
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
         main([*words, "--no-check-sharing", *flags])
     rows = [json.loads(line) for line in (toy / "pairs.jsonl").read_text().splitlines()]
