@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo.config import CacheConfig
+from dpo.commands import CacheConfig
 from dpo.console import say
 from dpo.cpu import keep_freed_memory
 from dpo.inputs import check_budget, check_first_bin, load_policy, load_train_and_eval, objective_of, plan_of

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 from dpo import __version__
-from dpo.config import (
+from dpo.commands import (
     CacheConfig,
     DemoConfig,
     DoctorConfig,
@@ -20,9 +20,8 @@ from dpo.config import (
     PlanConfig,
     ReportConfig,
     ScoreConfig,
-    TrainConfig,
-    yaml_to_args,
 )
+from dpo.config import TrainConfig, yaml_to_args
 from dpo.errors import Stopped, UserError
 
 Command = (

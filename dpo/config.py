@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
 import yaml
 
 from dpo.comparisons import Comparisons, Kind
@@ -25,7 +24,7 @@ Layout = Literal["shared", "packed", "padded"]
 row, padded right."""
 
 
-def _require(condition: bool, flag: str, expected: str, found: object) -> None:
+def require(condition: bool, flag: str, expected: str, found: object) -> None:
     if not condition:
         raise UserError(f"{flag}: expected {expected}, found {found}")
 
@@ -86,11 +85,11 @@ class InputConfig:
     def __post_init__(self) -> None:
         for name in ("max_prompt_length", "max_completion_length", "head_workspace_mb"):
             value = getattr(self, name)
-            _require(value is None or value > 0, _flag(name), "a positive number or None", value)
-        _require(self.token_budget > 0, "--token-budget", "a positive number of tokens", self.token_budget)
-        _require(0 < self.beta < math.inf, "--beta", "a positive number", self.beta)
+            require(value is None or value > 0, flag_of(name), "a positive number or None", value)
+        require(self.token_budget > 0, "--token-budget", "a positive number of tokens", self.token_budget)
+        require(0 < self.beta < math.inf, "--beta", "a positive number", self.beta)
         _ = self.compared  # checks its flags
-        _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction", "a fraction from 0 to 1", self.max_bad_fraction)
+        require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction", "a fraction from 0 to 1", self.max_bad_fraction)
 
     @property
     def compared(self) -> Comparisons:
@@ -135,15 +134,15 @@ class DataConfig(InputConfig):
         super().__post_init__()
         for name in ("pairs_per_step", "groups_per_step"):
             value = getattr(self, name)
-            _require(value is None or value > 0, _flag(name), "a positive number", value)
-        _require(0 <= self.eval_fraction < 1, "--eval-fraction", "0 <= value < 1", self.eval_fraction)
+            require(value is None or value > 0, flag_of(name), "a positive number", value)
+        require(0 <= self.eval_fraction < 1, "--eval-fraction", "0 <= value < 1", self.eval_fraction)
         same = self.eval_data == self.data and self.eval_split == self.data_split
-        _require(not same, "--eval-data", "other data or another --eval-split than --data", f"{self.eval_data} again")
-        _require(
+        require(not same, "--eval-data", "other data or another --eval-split than --data", f"{self.eval_data} again")
+        require(
             not (self.eval_data and self.eval_fraction), "--eval-fraction", "no --eval-data beside it", self.eval_data
         )
         bf16 = self.param_dtype == "fp32" or self.dtype == "bf16"
-        _require(bf16, "--param-dtype bf16", "--dtype bf16 beside it", self.dtype)
+        require(bf16, "--param-dtype bf16", "--dtype bf16 beside it", self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,16 +244,16 @@ class TrainConfig(LossConfig, DataConfig):
         positive = ("epochs", "max_steps", "lr", "log_every", "samples_per_prompt", "sample_tokens")
         for name in (*positive, "keep_checkpoints", "max_skipped", "early_stop"):
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, _flag(name), "a positive number", value)
+            require(value is None or 0 < value < math.inf, flag_of(name), "a positive number", value)
         unsigned = ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every", "data_workers")
         for name in (*unsigned, "sample_temperature", "seed"):
             value = getattr(self, name)
-            _require(value is None or 0 <= value < math.inf, _flag(name), "zero or more", value)
+            require(value is None or 0 <= value < math.inf, flag_of(name), "zero or more", value)
         if self.comparisons == "ranking":
             changed = [f for f in dataclasses.fields(LossConfig) if getattr(self, f.name) != f.default]
             for option in changed[:1]:
                 expected = "the default beside --comparisons ranking, which does not use it"
-                _require(False, _flag(option.name), expected, getattr(self, option.name))
+                require(False, flag_of(option.name), expected, getattr(self, option.name))
         self._check_lora()
         reference = self.resolve_reference(self.reference, self.reference_model, self.reduction)
         object.__setattr__(self, "reference", reference)
@@ -263,13 +262,13 @@ class TrainConfig(LossConfig, DataConfig):
         held_out = bool(self.eval_data or self.eval_fraction)
         beside = "--eval-data or --eval-fraction beside it"
         if self.sample_prompts is not None:
-            _require(self.sample_prompts != "0", "--sample-prompts", "at least 1 prompt, or a file", 0)
-            _require(held_out, "--sample-prompts", beside, "neither")
-        _require(not self.best_metric or held_out, "--best-metric", beside, "neither")
-        _require(not self.early_stop or bool(self.best_metric), "--early-stop", "--best-metric beside it", "none")
-        _require(not self.hub_private or bool(self.push_to_hub), "--hub-private", "--push-to-hub beside it", "none")
+            require(self.sample_prompts != "0", "--sample-prompts", "at least 1 prompt, or a file", 0)
+            require(held_out, "--sample-prompts", beside, "neither")
+        require(not self.best_metric or held_out, "--best-metric", beside, "neither")
+        require(not self.early_stop or bool(self.best_metric), "--early-stop", "--best-metric beside it", "none")
+        require(not self.hub_private or bool(self.push_to_hub), "--hub-private", "--push-to-hub beside it", "none")
         if self.log_to is not None and "none" in self.log_to:
-            _require(self.log_to == ("none",), "--log-to none", "nothing beside it", " ".join(self.log_to))
+            require(self.log_to == ("none",), "--log-to none", "nothing beside it", " ".join(self.log_to))
 
     @property
     def warmup(self) -> int:
@@ -280,13 +279,13 @@ class TrainConfig(LossConfig, DataConfig):
 
     def _check_update(self) -> None:
         rises = self.schedule == "constant" and self.warmup_steps
-        _require(not rises, "--warmup-steps", "none with --schedule constant (paper has it)", self.warmup_steps)
+        require(not rises, "--warmup-steps", "none with --schedule constant (paper has it)", self.warmup_steps)
         falls = self.schedule in ("linear", "cosine")
-        _require(falls or self.lr_end is None, "--lr-end", "--schedule linear or cosine beside it", self.schedule)
-        _require(self.lr_end is None or 0 <= self.lr_end <= 1, "--lr-end", "0 <= value <= 1", self.lr_end)
+        require(falls or self.lr_end is None, "--lr-end", "--schedule linear or cosine beside it", self.schedule)
+        require(self.lr_end is None or 0 <= self.lr_end <= 1, "--lr-end", "0 <= value <= 1", self.lr_end)
         bf16 = self.param_dtype == "bf16"
-        _require(bf16 or self.bf16_update is None, "--bf16-update", "--param-dtype bf16 beside it", self.param_dtype)
-        _require(self.ema is None or 0 < self.ema < 1, "--ema", "0 < value < 1", self.ema)
+        require(bf16 or self.bf16_update is None, "--bf16-update", "--param-dtype bf16 beside it", self.param_dtype)
+        require(self.ema is None or 0 < self.ema < 1, "--ema", "0 < value < 1", self.ema)
         self.parsed_optimizer_options()
 
     def parsed_optimizer_options(self) -> dict[str, Any]:
@@ -297,34 +296,34 @@ class TrainConfig(LossConfig, DataConfig):
             raise UserError(f"--optimizer-options: expected YAML, found {_one_line(error)}") from error
         found = {} if found is None else found
         known = isinstance(found, dict) and all(isinstance(name, str) for name in found)
-        _require(known, "--optimizer-options", "a mapping such as '{eps: 1.0e-6}'", self.optimizer_options)
+        require(known, "--optimizer-options", "a mapping such as '{eps: 1.0e-6}'", self.optimizer_options)
         return found
 
     def _check_reference(self) -> None:
         every = self.ref_update_every
         moves = every is not None
-        _require(every is None or every > 0, "--ref-update-every", "a positive number", every)
-        _require(not moves or self.reference == "online", "--ref-update-every", "--reference online", self.reference)
-        _require(moves or self.ref_mix is None, "--ref-mix", "--ref-update-every beside it", "none")
-        _require(self.ref_mix is None or 0 < self.ref_mix <= 1, "--ref-mix", "0 < value <= 1", self.ref_mix)
+        require(every is None or every > 0, "--ref-update-every", "a positive number", every)
+        require(not moves or self.reference == "online", "--ref-update-every", "--reference online", self.reference)
+        require(moves or self.ref_mix is None, "--ref-mix", "--ref-update-every beside it", "none")
+        require(self.ref_mix is None or 0 < self.ref_mix <= 1, "--ref-mix", "0 < value <= 1", self.ref_mix)
 
     def _check_lora(self) -> None:
-        _require(self.lora_r is None or self.lora_r > 0, "--lora-r", "a positive number", self.lora_r)
-        _require(
+        require(self.lora_r is None or self.lora_r > 0, "--lora-r", "a positive number", self.lora_r)
+        require(
             self.lora_alpha is None or self.lora_alpha > 0, "--lora-alpha", "a positive number or None", self.lora_alpha
         )
-        _require(0 <= self.lora_dropout < 1, "--lora-dropout", "0 <= value < 1", self.lora_dropout)
+        require(0 <= self.lora_dropout < 1, "--lora-dropout", "0 <= value < 1", self.lora_dropout)
         ways = {"--lora-r": self.lora_r, "--lora-config": self.lora_config, "--adapter": self.adapter}
         given = [flag for flag, value in ways.items() if value is not None]
-        _require(len(given) <= 1, " and ".join(given), "one of them", "both")
+        require(len(given) <= 1, " and ".join(given), "one of them", "both")
         for name, plain in (("lora_alpha", None), ("lora_dropout", 0.0), ("lora_targets", "all-linear")):
             value = getattr(self, name)
-            _require(value == plain or self.lora_r is not None, _flag(name), "--lora-r beside it", "none")
+            require(value == plain or self.lora_r is not None, flag_of(name), "--lora-r beside it", "none")
         expected = "--lora-r, --lora-config or --adapter beside it"
-        _require(bool(given) or not self.load_in_4bit, "--load-in-4bit", expected, "none")
+        require(bool(given) or not self.load_in_4bit, "--load-in-4bit", expected, "none")
         if self.reference == "adapter-off":
-            _require(bool(given), "--reference adapter-off", expected, "none")
-            _require(
+            require(bool(given), "--reference adapter-off", expected, "none")
+            require(
                 self.reference_model is None, "--reference adapter-off", "no --reference-model", self.reference_model
             )
 
@@ -334,128 +333,7 @@ class TrainConfig(LossConfig, DataConfig):
         return any(value is not None for value in (self.lora_r, self.lora_config, self.adapter))
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig(DataConfig):
-    """Fill the reference cache of a training run: takes the model and the data, and how they are drawn, as it does."""
-
-    beta: Annotated[float, tyro.conf.Suppress] = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig(InputConfig):
-    """Score preference pairs: implicit rewards, margins and accuracy of a policy against its reference."""
-
-    reference: str
-    """The model that rewards are measured from: an id or a folder, of a model or of a LoRA adapter."""
-    output: str | None = None
-    """A .jsonl file to write, a row a pair in input order. None: only the table."""
-    overwrite: bool = False
-    """Write over --output where it exists."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """Add a LoRA adapter to its base model: a full checkpoint, loadable by plain Transformers."""
-
-    adapter: str
-    """The adapter: a folder that `dpo train` or peft wrote."""
-    output: str
-    """Where the merged model goes: a new folder."""
-    model: str | None = None
-    """The base model. None: the one that the adapter names."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the merged weights (the sum itself is fp32). auto: the base checkpoint's."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossesConfig:
-    """Print every loss: formula, options with their values, what it needs, paper."""
-
-    loss: str | None = None
-    """Only these, such as ipo or sigmoid,sft. None: all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """Size a run: memory on each rank for a model, a batch and a mode, without loading anything."""
-
-    model: str
-    """A model id, a folder, a config.json, or 1b, 8b, 70b for a Llama of that size. Only the configuration is read."""
-    token_budget: int = 8192
-    """Tokens of a bin."""
-    completion_share: float = 0.5
-    """How many of a bin's tokens belong to completions, and reach the LM head."""
-    bins: int = 2
-    """Bins in a step of a rank. With one, gradients and activations are never whole at the same time."""
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic, as of dpo train; parameters, gradients and optimizer are fp32."""
-    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
-    """As of dpo train."""
-    reference: Literal["cached", "online"] = "cached"
-    """As of dpo train. online holds a second model."""
-    gradient_checkpointing: bool = False
-    """As of dpo train."""
-    head_workspace_mb: int | None = None
-    """As of dpo train."""
-    ranks: int = 1
-    """Processes, one a GPU."""
-    parallel: Literal["auto", "fsdp", "ddp"] = "auto"
-    """As of dpo train."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """What the run is for; none is needed here."""
-    memory_gib: float = 80.0
-    """Memory of a rank: decides --parallel auto, and what is said to fit."""
-    json: bool = False
-    """Print JSON, in bytes."""
-    trust_remote_code: bool = False
-    """Run configuration code that comes with the checkpoint."""
-
-    def __post_init__(self) -> None:
-        for name in ("token_budget", "bins", "ranks", "memory_gib", "head_workspace_mb"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, _flag(name), "a positive number", value)
-        _require(0 < self.completion_share <= 1, "--completion-share", "0 < value <= 1", self.completion_share)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Train a tiny language model from scratch on real preferences, in under a minute on two cores."""
-
-    output: str = "runs/demo"
-    """Folder of the demo's run. A run that is there already is replaced if it is a demo's."""
-    epochs: int = 2
-    """Passes of preference training over the data."""
-    seed: int = 0
-    """Seed of the model, the order of the data and the samples."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Write one HTML page about a run: curves, held-out pairs, samples, warnings, settings. It loads nothing."""
-
-    run: Annotated[str, tyro.conf.Positional]
-    """The run folder."""
-    output: str | None = None
-    """The file to write. None: report.html in the run folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
-    """Examine this machine: versions, devices, what would run and why, a self-test of the kernels, advice."""
-
-    model: str | None = None
-    """Also tell how this model would be packed and what it takes: an id or a folder. Loads no weights."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N. auto takes CUDA where it is found."""
-    json: bool = False
-    """Print one JSON object instead of tables."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the checkpoint."""
-
-
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
@@ -480,15 +358,15 @@ def yaml_to_args(path: str, config: type) -> list[str]:
         if name not in known:
             raise UserError(f"--config {path}: unknown setting {name!r}; known are {', '.join(sorted(known))}")
         if isinstance(value, bool):
-            words.append(_flag(name) if value else _flag("no_" + name))
+            words.append(flag_of(name) if value else flag_of("no_" + name))
         elif name in _LISTS and isinstance(value, list):
-            words += [_flag(name), *map(str, value)]
+            words += [flag_of(name), *map(str, value)]
         elif name == "optimizer_options" and isinstance(value, Mapping):
-            words += [_flag(name), yaml.safe_dump(dict(value), default_flow_style=True, width=1 << 20).strip()]
+            words += [flag_of(name), yaml.safe_dump(dict(value), default_flow_style=True, width=1 << 20).strip()]
         elif isinstance(value, Sequence | Mapping) and not isinstance(value, str):
             raise UserError(f"--config {path}: {name}: expected one value, found a {type(value).__name__}")
         else:
-            words += [_flag(name), str(value)]
+            words += [flag_of(name), str(value)]
     return words
 
 

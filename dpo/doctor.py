@@ -19,7 +19,7 @@ from dpo_kernels.backends import resolve_backend, triton_problem
 from dpo_kernels.products import onednn_is_faster
 from packaging.requirements import Requirement
 
-from dpo.config import DoctorConfig
+from dpo.commands import DoctorConfig
 from dpo.console import console, say
 from dpo.errors import UserError
 from dpo.inputs import resolve_device

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo.config import LossesConfig
+from dpo.commands import LossesConfig
 from dpo.console import console, say
 from dpo.lossflags import LossConfig
 

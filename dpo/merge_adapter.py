@@ -8,7 +8,7 @@ import torch
 
 from dpo.adapters import base_of, is_adapter, load_adapter, merge
 from dpo.checkpoint import save_model
-from dpo.config import MergeConfig
+from dpo.commands import MergeConfig
 from dpo.console import say
 from dpo.errors import UserError
 from dpo.load import checkpoint_dtype, load_model, load_tokenizer

@@ -18,7 +18,7 @@ import torch
 from dpo_kernels.plans import choose_plan
 from transformers import AutoConfig, LlamaConfig
 
-from dpo.config import PlanConfig
+from dpo.commands import PlanConfig
 from dpo.console import console, table
 from dpo.errors import UserError
 from dpo.parallel import REPLICATED_SHARE, blocks_of

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from dpo.charts import Series, histogram, lines, number, scatter
-from dpo.config import ReportConfig, TrainConfig, defaults_of
+from dpo.commands import ReportConfig
+from dpo.config import TrainConfig, defaults_of
 from dpo.console import say
 from dpo.curves import smooth
 from dpo.durable import write_text

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from dpo_kernels import ranking_loss
 
-from dpo.config import ScoreConfig
+from dpo.commands import ScoreConfig
 from dpo.console import Bar, say, table
 from dpo.cpu import keep_freed_memory
 from dpo.data import PreferenceData

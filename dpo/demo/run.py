@@ -21,7 +21,8 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from dpo.checkpoint import save_model
-from dpo.config import DemoConfig, ScoreConfig, TrainConfig
+from dpo.commands import DemoConfig, ScoreConfig
+from dpo.config import TrainConfig
 from dpo.console import console, say, table
 from dpo.data import load_preferences
 from dpo.demo.figure import draw

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo.cli
 import dpo.demo.run as demo_run
-from dpo.config import DemoConfig
+from dpo.commands import DemoConfig
 from dpo.data import PreferenceData, load_preferences
 from dpo.demo.model import END, build_model, train_tokenizer, warm_up
 from dpo.demo.samples import WordJudge

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo.config import PlanConfig
+from dpo.commands import PlanConfig
 from dpo.plan_memory import plan_memory
 
 ROWS = [

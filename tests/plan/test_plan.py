@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dpo.cli import main
-from dpo.config import PlanConfig
+from dpo.commands import PlanConfig
 from dpo.metrics import read_json_lines
 from dpo.plan_memory import plan_memory
 from tests.plan.sizes import sizes
