@@ -189,7 +189,7 @@ def trl(problem: Problem, *, completion_only: bool) -> Side:
     """TRL's head as its DPOTrainer runs it on CPU: every row; or, as it does where Triton is, completion rows."""
     from trl.trainer import utils  # pyright: ignore[reportMissingImports]
 
-    function: Any = utils._ChunkedLogProbFunction
+    function: Any = utils._ChunkedLogProbFunction  # pyright: ignore[reportPrivateImportUsage]
     size = utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
     def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

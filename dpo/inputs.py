@@ -81,6 +81,8 @@ def load_network(
     transformers_logging.disable_progress_bar()
     dtype = torch.bfloat16 if isinstance(config, DataConfig) and config.param_dtype == "bf16" else torch.float32
     remote, four_bits = config.trust_remote_code, isinstance(config, TrainConfig) and config.load_in_4bit
+    if four_bits and launched():
+        raise UserError("--load-in-4bit: expected one process, found several (torchrun)")
     place = resolve_device(config.device) if four_bits else None
     model: Any = load_model(
         path, dtype=dtype, name=flag, trust_remote_code=remote, keep_dropout=dropout, in_4bit_on=place

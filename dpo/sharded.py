@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor import empty as empty_parts
@@ -46,7 +47,7 @@ def save_parts(folder: Path, tensors: Mapping[str, DTensor]) -> None:
     """Writes each rank's parts to `folder`/sharded; all ranks call it with the same names."""
     with _quiet():
         writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=writer)
+        save(dict(tensors), storage_writer=writer)
 
 
 def load_parts(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensor]:
@@ -64,7 +65,7 @@ def load_parts(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensor]:
             held: dict[str, Tensor] = {}
             for name, kind in reader.read_metadata().state_dict_metadata.items():
                 held[name] = _empty(kind.size, kind.properties.dtype, mesh)  # pyright: ignore[reportAttributeAccessIssue]
-            dcp.load(held, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=mesh is None)
+            load(held, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=mesh is None)
     except (OSError, SafetensorError, RuntimeError, AssertionError, KeyError, CheckpointException) as error:
         raise ValueError(
             f"expected the parts of tensors in {FOLDER}/, found: {' '.join(str(error).split())}"

@@ -62,7 +62,7 @@ class Service(types.ModuleType):
 def test_a_service_gets_every_record_once_in_order(toy, tmp_path, monkeypatch, name):
     service = Service(name)
     monkeypatch.setitem(sys.modules, name, service)
-    run = go(toy, tmp_path / "run", "--log-to", name, "--save-every", "1", "--beta", "0.2")
+    run = go(toy, tmp_path / "run", "--log-to", name, "--save-every", "1", "--beta", "0.2", "--epochs", "9")
     (started,) = service.started
     assert started["project"] == "fused-dpo"
     assert started["config"]["beta"] == 0.2
@@ -76,8 +76,8 @@ def test_a_service_gets_every_record_once_in_order(toy, tmp_path, monkeypatch, n
                 assert sent[record["step"]][f"{kind}/{key}"] == record[key]
     assert [values["eval/margins"][0] for _, values in service.logged if "eval/margins" in values] == ["histogram"] * 2
     assert service.finished == 1
-    (run / "finished.json").unlink()  # as if it had been killed after its last checkpoint
-    go(toy, run, "--log-to", name, "--save-every", "1", "--beta", "0.2", "--resume", "auto")
+    flags = "--save-every", "1", "--beta", "0.2", "--max-steps", "3", "--epochs", "9"
+    go(toy, run, "--log-to", name, *flags, "--resume", "auto")
     again = service.started[1]
     assert (again["name"], again.get("id")) == (started["name"], started.get("id"))
 
@@ -140,7 +140,7 @@ def test_a_tensorboard_that_goes_on_has_every_step_once(toy, tmp_path):
     )
 
     run = go(toy, tmp_path / "run", "--max-steps", "4", "--save-every", "2", "--epochs", "9")
-    go(toy, run, "--max-steps", "4", "--save-every", "2", "--epochs", "9", "--resume", "auto")
+    go(toy, run, "--max-steps", "5", "--save-every", "2", "--epochs", "9", "--resume", "auto")
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3, 4]
