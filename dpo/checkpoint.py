@@ -274,6 +274,8 @@ def load_checkpoint(checkpoint: Path, mesh: DeviceMesh | None = None) -> dict[st
         raise UserError(f"{checkpoint}: {error}") from error
     if not isinstance(state, dict) or f"step-{state.get('step')}" != checkpoint.name:
         raise UserError(f"{checkpoint}: expected the state of {checkpoint.name}, found that of another step")
+    if model_folder(checkpoint) is None and "weights" not in state:
+        raise UserError(f"{checkpoint}: expected its weights in model/ or in its state, found neither")
     return state
 
 

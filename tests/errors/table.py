@@ -91,6 +91,7 @@ def _one_line(case: Case, text: str, here: Path, toy: Path) -> str:
         line = " ".join(shown).partition(" Expected one of")[0].partition(" Got errors")[0]
     for folder, name in ((here, "HERE"), (toy, "HERE"), (Path.cwd(), "HERE")):
         line = line.replace(str(folder.resolve()), name).replace(str(folder), name)
+    line = re.sub(r"\.writing-\d+-", ".writing-N-", line)
     line = re.sub(r"0x[0-9a-f]+", "0x..", " ".join(line.split()))
     if not line:
         raise Surprise(f"{case.name}: no message in {text!r}")

@@ -31,7 +31,9 @@ def test_the_table_is_what_happens(toy, tmp_path, category):
         here.mkdir()
         assert row(case, answer(case, here, toy)) == line
         written = (here / "run" / "config.yaml").exists()
-        assert not written or category in ("checkpoint", "run folder", "NaN weights")
+        # a reference of its own is loaded when the run has begun
+        late = category in ("checkpoint", "run folder", "NaN weights") or "reference" in case.what
+        assert not written or late
 
 
 def test_every_entry_point_and_category_is_covered():
