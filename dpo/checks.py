@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dpo.errors import UserError
 from dpo.model import head_logps, prepare, shared_logps, stock_attention
 from dpo.packing import Group, Layout, PackedBatch, group_cost, pack
-from dpo.parallel import gathered_once
+from dpo.parallel import gathered_once, is_sharded
 from dpo.support import length_limit
 
 _FLOOR = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -48,8 +48,9 @@ def check_sharing(
     """
     subset = _subset(_same_regime(groups, length_limit(model)), max_tokens)
     # fp32 weights are compared in fp32, which sees smaller mistakes; CUDA's variable-length attention has only half
-    # precision
-    wide = model.device.type == "cpu" and model.dtype in _FLOOR
+    # precision, and the blocks of a sharded model arrive in autocast's
+    low = is_sharded(model) and torch.is_autocast_enabled(model.device.type)
+    wide = model.device.type == "cpu" and model.dtype in _FLOOR and not low
     autocast = torch.autocast(model.device.type, enabled=False) if wide else nullcontext()
     with torch.no_grad(), autocast, gathered_once(model):
         prepare(model, "padded")

@@ -340,7 +340,8 @@ def test_sigkill_at_random_moments_costs_nothing(toy, tmp_path, processes):
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
+        finished = (run / "finished.json").exists()
         assert _run(processes, words(toy, run, *flags, "--resume", "auto")) == 0
         assert same(result(run), whole), k
-        assert yaml.safe_load((run / "config.yaml").read_text())["resume"] == "auto"
+        assert yaml.safe_load((run / "config.yaml").read_text())["resume"] == ("never" if finished else "auto")
     assert killed >= 3
