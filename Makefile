@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 # a process a core, each on one thread: twice as fast as one process on all cores
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 SLOW ?= not every_
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
