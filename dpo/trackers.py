@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +48,10 @@ def open_trackers(run: Path, config: TrainConfig, *, start: int) -> list[Tracker
     return [kinds[name](name, run, config, start) for name in chosen_trackers(config)]
 
 
+_PATIENCE = 10.0
+"""Seconds that the end of a run waits for TensorBoard's files."""
+
+
 class TensorBoard:
     """Event files in tensorboard/ of the run folder."""
 
@@ -71,7 +76,10 @@ class TensorBoard:
         self.writer.add_text(name, text, step)
 
     def close(self) -> None:
-        self.writer.close()
+        # its writer is a thread of its own: one that died of a full disk would be waited for without end
+        closing = threading.Thread(target=self.writer.close, daemon=True)
+        closing.start()
+        closing.join(_PATIENCE)
 
 
 class Service:

@@ -48,7 +48,15 @@ def words(toy: Path, output: Path, *flags: str) -> list[str]:
         *("--eval-data", str(toy / "held_out.jsonl"), "--eval-every", "2", "--pairs-per-step", "4"),
         *("--lr", "1e-3", "--warmup-steps", "1", "--max-steps", str(STEPS), "--save-every", "1", "--no-check-sharing"),
         *("--reference-cache", str(output.with_name("store"))),
-        *("--dropout", "--padded", "--keep-checkpoints", "1", *flags),  # with dropout the generators count
+        *(
+            "--dropout",
+            "--padded",
+            "--keep-checkpoints",
+            "1",
+            "--log-to",
+            "none",
+            *flags,
+        ),  # with dropout the generators count
     ]
 
 
