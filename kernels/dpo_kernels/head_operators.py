@@ -186,8 +186,7 @@ def _like_gradients(grad, hidden, weight, bias, low, factor, targets, logps, *re
     )
 
 
-@torch.library.custom_op("dpo_kernels::linear_token_logps_backward", mutates_args=())
-def linear_token_logps_backward(
+def _gradients(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -219,7 +218,8 @@ def linear_token_logps_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dL/d hidden, weight, bias, low, factor from grad = dL/dlogps [N]; empty where `wanted`, a mask, has no bit.
 
-    With empty `own` everything is recomputed.
+    With empty `own` everything is recomputed. With `reuse` kept tiles are used up, and the weight's gradient is written
+    into `loan`, unless empty: that call is an operator of its own, which says so.
     """
     numbers = needs, ignore_index, temperature, logit_scale, softcap, stats, plan, workspace_bytes, reuse
     tensors = maximum, inverse, unit, unit_low, own, loan, shifts
@@ -227,44 +227,12 @@ def linear_token_logps_backward(
     return _backward(grad, (hidden, weight, bias, low, factor), targets, logps, tensors, wanted, call)
 
 
-@torch.library.custom_op("dpo_kernels::linear_token_logps_backward_", mutates_args={"own", "loan"})
-def linear_token_logps_backward_(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low: Tensor | None,
-    factor: Tensor | None,
-    targets: Tensor,
-    logps: Tensor,
-    maximum: Tensor,
-    inverse: Tensor,
-    unit: Tensor,
-    unit_low: Tensor,
-    own: Tensor,
-    loan: Tensor,
-    shifts: Tensor,
-    wanted: int,
-    needs: int,
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    stats: int,
-    plan: str,
-    workspace_bytes: int,
-    reuse: bool,
-    compute: torch.dtype,
-    backend: str,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same for `reuse`: kept tiles are used up, and the weight's gradient is written into `loan`, unless empty."""
-    numbers = needs, ignore_index, temperature, logit_scale, softcap, stats, plan, workspace_bytes, reuse
-    tensors = maximum, inverse, unit, unit_low, own, loan, shifts
-    call = _call(*numbers, compute, backend, group)
-    return _backward(grad, (hidden, weight, bias, low, factor), targets, logps, tensors, wanted, call)
-
-
+linear_token_logps_backward = torch.library.custom_op(
+    "dpo_kernels::linear_token_logps_backward", _gradients, mutates_args=()
+)
+linear_token_logps_backward_ = torch.library.custom_op(
+    "dpo_kernels::linear_token_logps_backward_", _gradients, mutates_args={"own", "loan"}
+)
 linear_token_logps_backward.register_fake(_like_gradients)
 linear_token_logps_backward_.register_fake(_like_gradients)
 
