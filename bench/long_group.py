@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from bench.workload import EOS, ModelShape
 
-# the process reports its own peak, as `bench.memory` counts it
+# the process reports its own peak, as `dpo.resident` counts it
 RUN = (
-    "import sys; from bench.memory import peak_bytes; from dpo.cli import main; main(sys.argv[1:]); print(peak_bytes())"
+    "import sys; from dpo.resident import peak_bytes; from dpo.cli import main; main(sys.argv[1:]); print(peak_bytes())"
 )
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.memory import peak_bytes, resident_bytes
 from bench.workload import LengthMix, ModelShape, Pair, StepSettings
+from dpo.resident import peak_bytes, resident_bytes
 
 SIDES = ("trl", "padded", "shared", "floor")
 EXTRA_SIDES = ("trl-patched",)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-import sys
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from dpo.distributed import on_main
 from dpo.durable import write_text
 from dpo.packing import PackedBatch
+from dpo.resident import peak_bytes
 
 _SUMS = (
     "loss",
@@ -108,13 +107,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far: the allocator's on CUDA, else the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss also holds the maximum of the process that started this one
-        return int(re.findall(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)[0]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_bytes()
 
 
 class JsonLines:
