@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo.cli import main
 from dpo.metrics import read_json_lines
 from tests.ranks import spawn
-from tests.train.toy import write_model, write_pairs
+from tests.train.toy import write_toy
 
 TOY = ("--pairs-per-step", "6", "--lr", "1e-3", "--warmup-steps", "2", "--max-steps", "4", "--token-budget", "100")
 
@@ -35,11 +35,7 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    write_model(folder / "model")
-    write_pairs(folder / "pairs.jsonl")
-    write_pairs(folder / "held_out.jsonl", count=7, seed=1)
-    return folder
+    return write_toy(tmp_path_factory.mktemp("toy"), held_out=7)
 
 
 def words(toy: Path, output: Path, *flags: str) -> list[str]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.cli import main
 from dpo.metrics import read_json_lines
-from tests.train.toy import write_model, write_pairs
+from tests.train.toy import write_model, write_toy
 
 METRICS = {
     *("step", "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "grad_norm", "lr"),
@@ -25,11 +25,7 @@ METRICS = {
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    write_model(folder / "model")
-    write_pairs(folder / "pairs.jsonl")
-    write_pairs(folder / "held_out.jsonl", count=7, seed=1)
-    return folder
+    return write_toy(tmp_path_factory.mktemp("toy"), held_out=7)
 
 
 def train(toy: Path, output: Path, *flags: str) -> list[dict]:

@@ -20,16 +20,12 @@ from dpo.model import load_model, load_tokenizer, prepare
 from dpo.optim import apply_update, build_optimizer
 from dpo.reference import OnlineReference
 from dpo.steps import StepPlan, build_step
-from tests.train.toy import random_groups, write_model, write_pairs
+from tests.train.toy import random_groups, write_toy
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    write_model(folder / "model")
-    write_pairs(folder / "pairs.jsonl", count=14)
-    write_pairs(folder / "held_out.jsonl", count=3, seed=1)
-    return folder
+    return write_toy(tmp_path_factory.mktemp("toy"), pairs=14, held_out=3)
 
 
 def words(toy: Path, run: Path, *flags: str) -> list[str]:

@@ -27,7 +27,7 @@ from dpo.metrics import read_json_lines
 from dpo.packing import Group
 from dpo.steps import StepDataset, StepPlan
 from tests.train.faults import Disk
-from tests.train.toy import Groups, random_groups, write_model, write_pairs
+from tests.train.toy import Groups, random_groups, write_toy
 
 STEPS = 3
 _TIMES = ("step_seconds", "pairs_per_second", "tokens_per_second", "peak_memory_bytes")
@@ -35,11 +35,7 @@ _TIMES = ("step_seconds", "pairs_per_second", "tokens_per_second", "peak_memory_
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    write_model(folder / "model", attention_dropout=0.1)
-    write_pairs(folder / "pairs.jsonl", count=12)
-    write_pairs(folder / "held_out.jsonl", count=3, seed=1)
-    return folder
+    return write_toy(tmp_path_factory.mktemp("toy"), pairs=12, held_out=3, attention_dropout=0.1)
 
 
 def words(toy: Path, output: Path, *flags: str) -> list[str]:

@@ -26,7 +26,7 @@ from dpo.reference import CachedReference, MovingReference
 from dpo.steps import StepPlan, build_step
 from dpo.store import ReferenceStore, token_keys
 from tests.train.faults import Disk
-from tests.train.toy import random_groups, toy_config, write_model, write_pairs
+from tests.train.toy import random_groups, toy_config, write_model, write_toy
 
 CPU = torch.device("cpu")
 OBJECTIVE = Objective()
@@ -175,11 +175,7 @@ def test_an_adapter_brings_its_base_model_in(tmp_path):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    write_model(folder / "model")
-    write_pairs(folder / "pairs.jsonl", count=12)
-    write_pairs(folder / "held_out.jsonl", count=3, seed=1)
-    return folder
+    return write_toy(tmp_path_factory.mktemp("toy"), pairs=12, held_out=3)
 
 
 def _words(toy: Path, tmp_path: Path, *flags: str, command: str = "train") -> list[str]:

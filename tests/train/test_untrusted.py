@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.cli import main
-from tests.train.toy import write_model, write_pairs
+from tests.train.toy import write_toy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,10 +31,7 @@ class _Bomb:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    write_model(folder / "model")
-    write_pairs(folder / "pairs.jsonl", count=6)
-    return folder
+    return write_toy(tmp_path_factory.mktemp("toy"), pairs=6)
 
 
 def _words(toy: Path, run: Path, *flags: str) -> list[str]:

@@ -55,6 +55,15 @@ def write_pairs(path: Path, count: int = 24, seed: int = 0) -> Path:
     return path
 
 
+def write_toy(folder: Path, pairs: int = 24, held_out: int = 0, **overrides: Any) -> Path:
+    """A folder with model/, pairs.jsonl and, where asked for, held_out.jsonl of other pairs."""
+    write_model(folder / "model", **overrides)
+    write_pairs(folder / "pairs.jsonl", count=pairs)
+    if held_out:
+        write_pairs(folder / "held_out.jsonl", count=held_out, seed=1)
+    return folder
+
+
 class Groups(list[Group]):
     """Groups in memory with what a step asks of the data."""
 
