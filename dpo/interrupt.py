@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from dpo.console import notice
-from dpo.distributed import gathered, ranks
+from dpo.distributed import gathered
 from dpo.errors import Stopped
 
 Item = TypeVar("Item")
@@ -21,7 +21,8 @@ class StopSignal:
     """Notes SIGINT and SIGTERM inside a `with` block instead of ending the process; a second one ends it at once."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received: int | None = None  # what came to this process
+        self._agreed: int | None = None  # what all ranks know to have come to one of them
         self._before: dict[int, Any] = {}
         self._owner = os.getpid()
 
@@ -45,11 +46,13 @@ class StopSignal:
         notice(f"{signal.Signals(number).name}: saving, then stopping (once more: stop at once)")
 
     def asked(self) -> bool:
-        """Whether a signal came, to this rank or to another: all ranks ask together, and stop at the same point."""
-        if ranks() > 1:
-            first = max(number or 0 for number in gathered(self.received))
-            self.received = first or None
-        return self.received is not None
+        """Whether a signal came, to this rank or to another: all ranks ask together, and stop at the same point.
+
+        A signal that comes while the ranks ask is not among their answers. It stays noted, for the next time they ask.
+        """
+        if self._agreed is None:
+            self._agreed = max(filter(None, gathered(self.received)), default=None)
+        return self._agreed is not None
 
     def check(self, saved: str) -> None:
         """Raises Stopped if a signal came.
@@ -57,9 +60,9 @@ class StopSignal:
         Args:
             saved: what is on the disk, for the message.
         """
-        if self.asked() and self.received is not None:
-            name = signal.Signals(self.received).name
-            raise Stopped(f"stopped by {name}; {saved}; go on with --resume auto", 128 + self.received)
+        if self.asked() and self._agreed is not None:
+            name = signal.Signals(self._agreed).name
+            raise Stopped(f"stopped by {name}; {saved}; go on with --resume auto", 128 + self._agreed)
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, up to the signal; then Interrupted, which the caller takes as: save what is there, and `check`."""
