@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import multiprocessing
 import multiprocessing.synchronize
@@ -9,6 +10,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -354,6 +357,60 @@ def _wait_for(process, run: Path, steps: int) -> None:
         time.sleep(0.005)
 
 
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
+                found += [int(status.parent.name), *_descendants(int(status.parent.name))]
+    return found
+
+
+def _ends(pid: int, seconds: float = 30) -> bool:
+    """Whether a process is gone in time (or is dead, and nobody has asked for its status)."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+_WORKS = """
+import multiprocessing, sys, time
+from dpo.workers import end_with_parent
+def work():
+    end_with_parent(0)
+    time.sleep(600)
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    workers = [context.Process(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    print(*(worker.pid for worker in workers), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_the_workers_of_a_killed_process_end(tmp_path, method):
+    script = tmp_path / "works.py"
+    script.write_text(_WORKS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(dpo.train.__file__).parents[1]), *sys.path])}
+    with subprocess.Popen([sys.executable, script, method], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        servers = _descendants(process.pid)
+        time.sleep(0.5)  # the workers have begun to wait
+        assert not any(_ends(pid, 0.1) for pid in workers)
+        process.kill()
+    assert len(workers) == 2
+    assert all(map(_ends, {*workers, *servers}))
+
+
 @pytest.mark.slow
 def test_sigkill_at_random_moments_costs_nothing(toy, tmp_path, processes):
     flags = "--max-steps", "12", "--data-workers", "1"
@@ -365,8 +422,10 @@ def test_sigkill_at_random_moments_costs_nothing(toy, tmp_path, processes):
         process.start()
         _wait_for(process, run, steps)
         time.sleep(draw.uniform(0, 0.05))
+        workers = _descendants(process.pid)
         process.kill()
         process.join()
+        assert all(map(_ends, workers)), "orphans"
         assert process.exitcode == -signal.SIGKILL, (steps, "the run ended before it was killed")
         assert _run(processes, words(toy, run, *flags, "--resume", "auto")) == 0
         assert same(result(run), whole), steps
