@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from dpo.errors import UserError
 
@@ -191,18 +191,27 @@ def as_reference(model: Any) -> Iterator[None]:
 
 
 def _switch(wrapper: Any, *, on: bool) -> None:
+    trains = {p: p.requires_grad for p in wrapper.parameters()}
     if REFERENCE in wrapper.peft_config:
         wrapper.set_adapter(TRAINED if on else REFERENCE)
     elif on:
         wrapper.base_model.enable_adapter_layers()
     else:
         wrapper.base_model.disable_adapter_layers()
+    # peft says with it what trains; here that never changes, and ranks that share the weights count on it
+    for p, value in trains.items():
+        p.requires_grad_(value)
 
 
-def save_adapter(folder: Path, model: Any) -> None:
-    """Writes the trained adapter as plain peft loads it."""
+def save_adapter(folder: Path, model: Any, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Writes the trained adapter as plain peft loads it.
+
+    weights: what trains, by the model's names, whole; needed where ranks hold parts of it.
+    """
+    wrapper = adapter_of(model)
+    given = None if weights is None else {f"base_model.model.{name}": value for name, value in weights.items()}
     # the base's embedding is not part of it, and peft would ask a hub whether it is
-    adapter_of(model).save_pretrained(folder, selected_adapters=[TRAINED], save_embedding_layers=False)
+    wrapper.save_pretrained(folder, selected_adapters=[TRAINED], save_embedding_layers=False, state_dict=given)
 
 
 def merge(model: Any) -> Any:

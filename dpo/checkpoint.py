@@ -194,7 +194,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
 
 def _write_model(folder: Path, model: Any, weights: Mapping[str, Tensor] | None = None) -> None:
     if adapter_of(model) is not None:
-        save_adapter(folder, model)
+        save_adapter(folder, model, weights)
         return
     # the run's attention and cache settings are not the checkpoint's
     attention, cache = model.config._attn_implementation, model.config.use_cache
@@ -213,7 +213,7 @@ def save_checkpoint(
     """Writes checkpoints/step-N and then lets the oldest go. All ranks call it.
 
     Sharded weights and states go to checkpoints/step-N/sharded instead of model/ and state.safetensors, each rank's
-    parts from that rank.
+    parts from that rank; an adapter is in model/ in any case.
 
     Args:
         state: what `load_checkpoint` gives back: tensors, numbers and strings in dicts and lists.
@@ -224,15 +224,17 @@ def save_checkpoint(
     """
     folder = run / "checkpoints" / f"step-{step}"
     tree: dict[str, Any] = {"step": step, **state}
-    if is_sharded(model):
+    in_parts = is_sharded(model) and adapter_of(model) is None
+    if in_parts:
         tree["weights"] = part_weights(model)
+    weights = whole_weights(model) if is_sharded(model) and not in_parts else None
     with writing(run), ExitStack() as stack:
 
         def begin() -> Path:
             folder.parent.mkdir(exist_ok=True)
             aside = stack.enter_context(new_folder(folder))
-            if not is_sharded(model):
-                _write_model(aside / "model", model)
+            if not in_parts:
+                _write_model(aside / "model", model, weights)
                 tokenizer.save_pretrained(aside / "model")
             return aside
 

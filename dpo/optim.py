@@ -89,6 +89,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "rprop": torch.optim.Rprop,
 }
 """The optimizers of `--optimizer`: ours and torch's, but for those that need a closure or sparse gradients."""
+_FUSED_WHOLE_ONLY = {"sgd", "adagrad"}
+"""torch has fused kernels of these, but not for tensors that ranks hold parts of."""
 _OURS = {"params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"}
 
 
@@ -118,7 +120,9 @@ def build_optimizer(
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in (options or {}).items()}
     if "weight_decay" in known:
         arguments["weight_decay"] = weight_decay
-    if "fused" in known:
+    params = list(params)
+    sharded = any(isinstance(p, DTensor) for p in params)
+    if "fused" in known and not (sharded and name in _FUSED_WHOLE_ONLY):
         arguments["fused"] = True
     try:
         return kind(params, lr=lr, **arguments)  # pyright: ignore[reportCallIssue]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from dpo.balance import cost_of
-from dpo.config import DataConfig, TrainConfig
+from dpo.config import DataConfig
 from dpo.console import say
 from dpo.distributed import launched, rank, ranks
 from dpo.errors import UserError
@@ -14,15 +14,12 @@ from dpo.inputs import Policy
 from dpo.loss import Objective, token_logps
 from dpo.packing import Group, pack
 from dpo.parallel import choose, spread
+from dpo.reference import store_frozen
 from dpo.rng import seed_all
 from dpo.steps import StepPlan
 
-_FSDP_REFUSES = (
-    ("--lora-r, --lora-config or --adapter", lambda config: config.trains_adapter),
-    ("--ema", lambda config: config.ema is not None),
-    ("--bf16-update random", lambda config: config.bf16_update == "random"),
-    ("--optimizer adafactor", lambda config: config.optimizer == "adafactor"),
-)
+WHOLE_ONLY = {"adafactor", "rprop"}
+"""Optimizers of torch's that write in place what depends on rows of other ranks, or index by masks: DTensor cannot."""
 
 
 def place_policy(config: DataConfig, policy: Policy, objective: Objective, plan: StepPlan) -> tuple[Policy, StepPlan]:
@@ -35,11 +32,11 @@ def place_policy(config: DataConfig, policy: Policy, objective: Objective, plan:
         if config.parallel != "auto":
             raise UserError(f"--parallel {config.parallel}: expected a run started by torchrun, found one process")
         return policy, plan
-    if getattr(config, "sample_prompts", 0):
-        raise UserError("--sample-prompts: expected one process, found a run started by torchrun")
     how = choose(_wanted(config), policy.model, policy.device)
     _check(config, how)
     cost = cost_of(policy.model)
+    if how == "fsdp" and getattr(config, "trains_adapter", False):
+        store_frozen(policy.model, objective)  # before the ranks have parts
     place_model(policy.model, how, policy, objective)
     say(f"{ranks()} ranks, {how}")
     if getattr(config, "dropout", False):
@@ -67,19 +64,17 @@ def plan_layout(model: Any) -> Any:
 
 
 def _wanted(config: DataConfig) -> Literal["auto", "fsdp", "ddp"]:
-    if config.parallel == "auto" and _needs_fsdp(config):
-        return "fsdp"
-    return "ddp" if config.parallel == "auto" and getattr(config, "trains_adapter", False) else config.parallel
+    return "fsdp" if config.parallel == "auto" and _needs_fsdp(config) else config.parallel
 
 
 def _needs_fsdp(config: DataConfig) -> bool:
-    return config.param_dtype == "bf16"
+    # adapters train in fp32 on bf16 weights too
+    return config.param_dtype == "bf16" and not getattr(config, "trains_adapter", False)
 
 
 def _check(config: DataConfig, how: str) -> None:
     if how == "ddp" and _needs_fsdp(config):
         raise UserError("--param-dtype bf16: expected --parallel fsdp (or one process), found ddp")
-    if how == "fsdp" and isinstance(config, TrainConfig):
-        for flag, asked in _FSDP_REFUSES:
-            if asked(config):
-                raise UserError(f"{flag}: expected --parallel ddp (or one process), found fsdp")
+    optimizer = getattr(config, "optimizer", None)
+    if how == "fsdp" and optimizer in WHOLE_ONLY:
+        raise UserError(f"--optimizer {optimizer}: expected --parallel ddp (or one process), found fsdp")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo.rounding import first_element, local, mixed, round_at_random
+
 
 class LossScale:
     """Dynamic loss scaling: halved after an overflow, doubled after `interval` steps without one.
@@ -53,9 +55,6 @@ class Weights:
         yield
         self.clear()
 
-    def release(self) -> None:
-        """Call when the optimizer is built: lets go what only that needed."""
-
     def clear(self) -> None:
         """Lets the gradients go."""
         for p in self.params:
@@ -76,10 +75,14 @@ class MasterWeights(Weights):
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         super().__init__(params)
-        self.targets = [nn.Parameter(p.detach().float()) for p in params]
+        self.targets = [self._target(p) for p in params]
         self._sums: dict[nn.Parameter, Tensor] = {}
         for p in self.params:
             p.register_post_accumulate_grad_hook(self._collect)
+
+    @staticmethod
+    def _target(p: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(p.detach().float())
 
     def _collect(self, p: Tensor) -> None:
         assert isinstance(p, nn.Parameter)
@@ -122,34 +125,36 @@ class MasterWeights(Weights):
 class RoundedWeights(MasterWeights):
     """bf16 parameters without a copy in fp32: an update is computed in fp32 and rounded up or down at random.
 
-    The chance of rounding up is the distance to the lower neighbour, so that steps too small for bf16 count on average
-    (Zamirai et al. 2020, *Revisiting BFloat16 Training*). Draws depend on the seed and on the number of updates, not on
-    any other generator.
+    Steps too small for bf16 then count on average (Zamirai et al. 2020, *Revisiting BFloat16 Training*). What is drawn
+    depends on the seed, the number of updates, the parameter and the element, and on no generator: it is the same on
+    any number of ranks.
     """
 
     def __init__(self, params: Sequence[nn.Parameter], seed: int, *, chunk: int = 1 << 26) -> None:
         super().__init__(params)
         self.seed, self.updates, self.chunk = seed, 0, chunk
 
-    def release(self) -> None:
-        for target in self.targets:
-            target.data = target.data.new_empty(0)
+    @staticmethod
+    def _target(p: nn.Parameter) -> nn.Parameter:
+        target = nn.Parameter(torch.empty_like(p, dtype=torch.float32))
+        local(target).untyped_storage().resize_(0)
+        return target
 
     def chunks(self) -> Iterator[None]:
-        generators: dict[torch.device, torch.Generator] = {}
         for members in self._members():
             for k in members:
-                self.targets[k].data = self.params[k].detach().float()
+                p, target = local(self.params[k]), local(self.targets[k])
+                target.untyped_storage().resize_(target.nbytes)
+                target.copy_(p)
                 self.targets[k].grad = self._sums.get(self.params[k])
             yield
             for k in members:
-                p, target = self.params[k], self.targets[k]
-                if p.device not in generators:
-                    seed = self.seed * 1_000_003 + self.updates
-                    generators[p.device] = torch.Generator(p.device).manual_seed(seed)
-                p.data.copy_(round_at_random(target.data, generators[p.device]))
-                target.grad = None
-                target.data = target.data.new_empty(0)
+                p, target = local(self.params[k]), local(self.targets[k])
+                key = mixed(self.seed, self.updates, k)
+                exact = p.dtype == torch.float32  # some models keep parts in fp32
+                p.copy_(target if exact else round_at_random(target, key, first_element(self.params[k])))
+                self.targets[k].grad = None
+                target.untyped_storage().resize_(0)
         self.updates += 1
         self.clear()
 
@@ -162,7 +167,7 @@ class RoundedWeights(MasterWeights):
                 parts.append([])
                 size = 0
             parts[-1].append(k)
-            size += p.numel()
+            size += local(p).numel()
         return parts
 
     def fp32(self) -> list[Tensor]:
@@ -173,16 +178,6 @@ class RoundedWeights(MasterWeights):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
-
-
-def round_at_random(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Rounds fp32 values to one of their two bf16 neighbours; those that are bf16, infinite or NaN stay.
-
-    bf16 is the upper half of the bits of fp32: a random number below 2**16 is added to them before the lower half goes.
-    """
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    bits = (values.contiguous().view(torch.int32) + noise) & ~0xFFFF
-    return torch.where(values.isfinite(), bits.view(torch.float32), values).bfloat16()
 
 
 class Average:
@@ -198,21 +193,23 @@ class Average:
         for average, value in zip(self.held, self.weights.fp32(), strict=True):
             average.lerp_(value, 1.0 - self.decay)
 
+    @torch.no_grad()
     def apply(self) -> None:
         """The parameters are the average from now on."""
         for p, value in zip(self.params, self.held, strict=True):
-            p.data = value.to(p.dtype)
+            p.copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The parameters are the average inside the block."""
-        before = [p.data for p in self.params]
-        self.apply()
+        """The parameters are the average inside the block, where what they were takes as much memory as gradients."""
+        before = [p.detach().clone() for p in self.params]
+        self.apply()  # in place: ranks that share a model hold on to the tensors themselves
         try:
             yield
         finally:
-            for p, value in zip(self.params, before, strict=True):
-                p.data = value
+            with torch.no_grad():
+                for p, value in zip(self.params, before, strict=True):
+                    p.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.held}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpo.adapters import as_reference, factors
 from dpo.distributed import gathered, ranks
 from dpo.loss import Objective, token_logps
+from dpo.parallel import is_sharded
 from dpo.steps import Bin, Preferences, StepBatch
 from dpo.store import token_keys
 
@@ -30,9 +31,9 @@ def store_frozen(model: Any, objective: Objective) -> Any:
     """Stores linear weights that do not train in autocast's dtype.
 
     Autocast would cast them at every step to the same bits: this saves the time and half of their memory. The LM head
-    stays (it may be tied to the embedding, and casts tile by tile), and so do adapters.
+    stays (it may be tied to the embedding, and casts tile by tile), and so do adapters and what ranks hold parts of.
     """
-    if objective.autocast is None:
+    if objective.autocast is None or is_sharded(model):
         return model
     head = model.get_output_embeddings()
     kept = {*head.modules(), *factors(model)}

@@ -19,11 +19,13 @@ from transformers import GenerationConfig
 from dpo.chat import BadRow, Chat
 from dpo.config import TrainConfig
 from dpo.data import PreferenceData
+from dpo.distributed import on_main
 from dpo.errors import UserError
 from dpo.load import eos_token_ids
 from dpo.loss import Objective
 from dpo.model import shared_logps, stock_attention
 from dpo.packing import Group, Layout, pack, plan_groups, split_group
+from dpo.parallel import gathered_once, is_sharded
 from dpo.readers import read_rows
 from dpo.tokenize import Codec
 
@@ -121,21 +123,25 @@ def generate(model: Any, plan: SamplePlan, objective: Objective) -> list[list[Id
     """Continues every prompt `per_prompt` times from the model's own distribution, [P][S] lists of token ids.
 
     Batched with a key-value cache, padded left. A text ends with its first end-of-sequence, or without one at the token
-    limit. Draws from no generator that training uses.
+    limit. Draws from no generator that training uses. Ranks call it together and get the samples of rank 0, which are
+    those of one process: every rank writes all of them.
     """
     device = next(model.parameters()).device
     rows = [prompt for prompt in plan.prompts for _ in range(plan.per_prompt)]
     written: list[Ids] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _writing(model, plan):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _writing(model, plan), gathered_once(model):
         torch.manual_seed(plan.seed)
         for batch in _batches(rows, plan):
             width = max(map(len, batch))
             ids = torch.tensor([[plan.eos_token_ids[0]] * (width - len(row)) + row for row in batch], device=device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=device)
             with objective.precision(device):
-                out = model.generate(ids, attention_mask=mask)
+                # ranks that share the weights run as many forwards as one another, whatever they write
+                out = model.generate(ids, attention_mask=mask, synced_gpus=is_sharded(model))
             written += [_cut(row, plan) for row in out[:, width:].tolist()]
-    return [written[k : k + plan.per_prompt] for k in range(0, len(written), plan.per_prompt)]
+    agreed = on_main(lambda: written)
+    return [agreed[k : k + plan.per_prompt] for k in range(0, len(agreed), plan.per_prompt)]
 
 
 @contextmanager

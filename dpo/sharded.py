@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor import empty as empty_parts
 
+from dpo.adapters import adapter_of
 from dpo.parallel import is_sharded
 
 FOLDER = "sharded"
@@ -97,8 +98,11 @@ def mesh_of(model: Any) -> DeviceMesh | None:
 
 
 def whole_weights(model: Any) -> dict[str, Tensor]:
-    """The whole state dict of a sharded model on the CPU, on rank 0 (nothing on the others). All ranks call it."""
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """The whole state dict of a sharded model on the CPU, on rank 0 (nothing on the others): of one with an adapter,
+    what trains. All ranks call it."""
+    only = adapter_of(model) is not None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only)
+    whole = get_model_state_dict(model, options=options)
     return {name: value for name, value in whole.items() if isinstance(value, Tensor)}
 
 

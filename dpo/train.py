@@ -61,6 +61,7 @@ from dpo.steps import StepBatch, StepDataset, eval_steps
 from dpo.trackers import chosen_trackers
 from dpo.updater import Updater
 from dpo.watch import Watch
+from dpo.workers import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,7 @@ def _loader(config: TrainConfig, steps: StepDataset, start: int, device: torch.d
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
+        worker_init_fn=end_with_parent,
     )
     return iter(loader)
 

@@ -36,7 +36,6 @@ class Updater:
             weight_decay=config.weight_decay,
             options=config.parsed_optimizer_options(),
         )
-        self.weights.release()
         self.average = Average(params, self.weights, config.ema) if config.ema is not None else None
         self.scale = LossScale(params[0].device) if config.dtype == "fp16" else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -42,6 +43,25 @@ def start(ranks: int, words: Sequence[str], **more: str) -> list[subprocess.Pope
         )
         for k in range(ranks)
     ]
+
+
+_EACH = """
+import json, os, sys
+from dpo.cli import main
+for port, words in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port)
+    main(words)
+"""
+
+
+def run_each(ranks: int, commands: Sequence[Sequence[str]], timeout: float = 500) -> None:
+    """Several `dpo` commands on the same processes, one after another: they start and import once."""
+    ports: list[int] = []
+    while len(ports) < len(commands):
+        ports += {free_port()} - set(ports)
+    words = json.dumps(list(zip(ports, commands, strict=True)))
+    results = run(ranks, "-c", _EACH, words, timeout=timeout)
+    assert [status for status, _, _ in results] == [0] * ranks, results
 
 
 def copy_run(run: Path, to: Path) -> None:

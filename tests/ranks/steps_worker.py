@@ -6,21 +6,27 @@ Each case's sums, gradients and weights after an update go to FILE (rank 0 write
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from transformers import LlamaForCausalLM
 
 from dpo import distributed
+from dpo.adapters import add_adapter, lora_config
 from dpo.balance import cost_of
 from dpo.engine import evaluate, forward_backward
 from dpo.loss import Objective
 from dpo.model import prepare
 from dpo.optim import apply_update, build_optimizer
 from dpo.parallel import is_sharded, spread
-from dpo.reference import CachedReference, OnlineReference
+from dpo.precision import Average, Weights
+from dpo.reference import AdapterOffReference, CachedReference, OnlineReference
 from dpo.steps import StepPlan, build_step, eval_steps
 from dpo.train import enable_checkpointing
 from tests.train.toy import random_groups, toy_config
@@ -40,6 +46,9 @@ class Case:
     checkpointing: bool = False
     tied: bool = False
     optimizer: str = "rmsprop"
+    lora: str | None = None
+    """The modules that get an adapter; the reference is then the model without it."""
+    ema: bool = False
 
 
 _BASE = StepPlan(token_budget=10_000)
@@ -54,7 +63,31 @@ CASES = {
     "ddp-empty-bins": Case("ddp", groups=1),
     "fsdp-empty-coupled": Case(plan=replace(_BASE, two_phase=True), groups=1, cached=True),
     "fsdp-prompts": Case(plan=replace(_BASE, token_budget=120, reduction="prompts")),
+    "fsdp-lora": Case(plan=replace(_BASE, token_budget=120), lora="all-linear", ema=True),
+    "fsdp-lora-head": Case(
+        plan=replace(_BASE, token_budget=45), lora="q_proj,embed_tokens,lm_head", checkpointing=True
+    ),
+    "ddp-lora": Case("ddp", replace(_BASE, token_budget=120, two_phase=True), lora="v_proj,lm_head"),
 }
+
+
+@contextmanager
+def counting_root() -> Iterator[dict[str, int]]:
+    """How often embedding, final norm and LM head are gathered, and their gradients reduced, inside the block."""
+    counts = {"gathers": 0, "reductions": 0}
+
+    def counted(name: str, plain: Any) -> Any:
+        def run(params: Any, *args: Any, **options: Any) -> Any:
+            counts[name] += any("embed_tokens" in p._param_fqn for p in params)
+            return plain(params, *args, **options)
+
+        return run
+
+    with ExitStack() as stack:
+        for name, function in (("gathers", "foreach_all_gather"), ("reductions", "foreach_reduce")):
+            plain = getattr(_fsdp_param_group, function)
+            stack.enter_context(patch.object(_fsdp_param_group, function, counted(name, plain)))
+        yield counts
 
 
 def _model(seed: int, layout: Any, tied: bool) -> LlamaForCausalLM:
@@ -62,6 +95,16 @@ def _model(seed: int, layout: Any, tied: bool) -> LlamaForCausalLM:
     model = LlamaForCausalLM(toy_config(tie_word_embeddings=tied)).double()
     prepare(model, layout)
     return model
+
+
+def add_lora(model: LlamaForCausalLM, targets: str) -> None:
+    """An adapter whose product is not 0, in float64."""
+    torch.manual_seed(2)
+    add_adapter(model, lora_config(4, targets=targets), "toy", "--lora-targets")
+    model.double()
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.normal_(std=0.1)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -74,33 +117,49 @@ def run_case(case: Case) -> dict[str, Any]:
     groups = random_groups(case.groups)
     model, reference = _model(0, case.plan.layout, case.tied), _model(1, case.plan.layout, case.tied)
     reference.requires_grad_(False)
+    if case.lora is not None:
+        add_lora(model, case.lora)
     plan = replace(case.plan, ranks=distributed.ranks(), rank=distributed.rank(), cost=cost_of(model))
     if case.checkpointing:
         enable_checkpointing(model)
         model.train()
     spread(model, case.how, CPU)
-    spread(reference, case.how, CPU)
+    if case.lora is None:
+        spread(reference, case.how, CPU)
     assert is_sharded(model) == (case.how == "fsdp" and distributed.ranks() > 1)
     step = build_step(groups, list(range(len(groups))), plan)
-    ref_logps: Any = OnlineReference(reference, OBJECTIVE)
+    ref_logps: Any = (
+        OnlineReference(reference, OBJECTIVE) if case.lora is None else AdapterOffReference(model, OBJECTIVE)
+    )
     if case.cached:
         ref_logps = CachedReference()
         # bins of another plan: what a rank looks up, another has computed
         others = [build_step(groups, [i], replace(plan, two_phase=False)) for i in range(len(groups))]
         ref_logps.fill(reference, others, OBJECTIVE, CPU)
-    optimizer = build_optimizer(case.optimizer, model.parameters(), lr=1e-2)
-    first = forward_backward(model, step, ref_logps, OBJECTIVE)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(case.optimizer, trained, lr=1e-2)
+    with counting_root() as root:
+        first = forward_backward(model, step, ref_logps, OBJECTIVE)
     grads = torch.cat([_whole(p.grad) for p in model.parameters() if p.grad is not None])
+    average = Average(trained, Weights(trained), decay=0.5)
     update = apply_update(optimizer, first.sums.loss, grad_clip=0.1)
-    weights = torch.cat([_whole(p) for p in model.parameters()])
+    average.update()
+    weights = torch.cat([_whole(p) for p in trained])
+    if case.ema:
+        with average.applied():
+            assert not torch.equal(torch.cat([_whole(p) for p in trained]), weights)
+            averaged = evaluate(model, eval_steps(groups, plan), ref_logps, OBJECTIVE, CPU)
+        assert torch.equal(torch.cat([_whole(p) for p in trained]), weights)
     second = forward_backward(model, step, ref_logps, OBJECTIVE)
     return {
+        "root": root,
         "sums": first.sums.sums,
         "grads": grads,
         "grad_norm": update.grad_norm,
         "weights": weights,
         "second_sums": second.sums.sums,
         "evaluation": evaluate(model, eval_steps(groups, plan, groups_per_chunk=4), ref_logps, OBJECTIVE, CPU),
+        "averaged": averaged if case.ema else {},
         "bins": distributed.gathered(len(step.all_bins)),
         "empty": distributed.gathered(sum(not b.members for b in step.all_bins)),
         "tokens": step.num_tokens,

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import dpo.refsetup
 from dpo.cli import main
 from dpo.metrics import read_json_lines
 from tests.ranks import spawn
@@ -51,7 +52,8 @@ def on(ranks: int, toy: Path, output: Path, *flags: str):
 
 
 def weights(folder: Path) -> torch.Tensor:
-    return torch.cat([t.flatten() for _, t in sorted(load_file(folder / "model" / "model.safetensors").items())])
+    (file,) = (folder / "model").glob("*model.safetensors")
+    return torch.cat([t.flatten() for _, t in sorted(load_file(file).items())])
 
 
 @pytest.fixture(scope="module")
@@ -113,29 +115,108 @@ def test_a_run_resumes_on_another_number_of_ranks(one, two, toy, tmp_path, befor
         assert torch.equal(weights(run), weights(two[0]))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "flags"),
-    [
-        (2, ("--parallel", "ddp", "--optimizer", "adamw")),
-        (2, ("--parallel", "fsdp", "--reference", "online", "--gradient-checkpointing", "--optimizer", "adamw")),
-        (3, ("--parallel", "fsdp", "--two-phase", "--token-budget", "60", "--data-workers", "1")),
-        (2, ("--parallel", "fsdp", "--dtype", "bf16")),
-        (2, ("--parallel", "fsdp", "--dtype", "bf16", "--param-dtype", "bf16")),
-        (3, ("--parallel", "fsdp", "--padded", "--best-metric", "loss")),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
-)
+ADAPTER = ("--lora-r", "4", "--lr", "1e-2", "--ema", "0.5", "--best-metric", "loss", "--optimizer", "adamw")
+SAMPLES = ("--sample-prompts", "3", "--sample-tokens", "4", "--sample-temperature", "0.7")
+MOVING = ("--reference", "online", "--ref-update-every", "1", "--ref-mix", "0.5", "--optimizer", "adamw")
+BF16 = ("--dtype", "bf16", "--param-dtype", "bf16")
+MANY: dict[str, tuple[int, tuple[str, ...]]] = {
+    "ddp": (2, ("--parallel", "ddp", "--optimizer", "adamw", *SAMPLES)),
+    "online": (2, ("--parallel", "fsdp", "--reference", "online", "--gradient-checkpointing", *SAMPLES)),
+    "moving": (2, ("--parallel", "fsdp", *MOVING)),
+    "adapter": (2, ("--parallel", "fsdp", *ADAPTER, *SAMPLES)),
+    "bf16": (2, ("--parallel", "fsdp", "--dtype", "bf16")),
+    "fp16": (2, ("--parallel", "fsdp", "--dtype", "fp16")),
+    "bf16 weights": (2, ("--parallel", "fsdp", *BF16)),
+    "bf16 weights, random": (2, ("--parallel", "fsdp", *BF16, "--bf16-update", "random")),
+    "bf16 weights, adapter": (2, ("--parallel", "ddp", *BF16, "--lora-r", "4")),
+    "two-phase": (3, ("--parallel", "fsdp", "--two-phase", "--token-budget", "60", "--data-workers", "1")),
+    "padded": (3, ("--parallel", "fsdp", "--padded", "--best-metric", "loss")),
+}
+"""Runs by name: ranks and flags."""
+
+
+def alone(flags: tuple[str, ...]) -> list[str]:
+    return [flag for flag in flags if flag not in ("--parallel", "ddp", "fsdp")]
+
+
+@pytest.fixture(scope="module")
+def many(toy, tmp_path_factory):
+    """The runs of MANY, and `dpo cache` before them."""
+    folder = tmp_path_factory.mktemp("many")
+    cache = ["cache", "--model", str(toy / "model"), "--data", str(toy / "pairs.jsonl"), "--pairs-per-step", "6"]
+    cache += ["--reference-cache", str(folder / "cached")]
+    for ranks in (2, 3):
+        runs = [words(toy, folder / name, *flags) for name, (number, flags) in MANY.items() if number == ranks]
+        spawn.run_each(ranks, [cache, *runs] if ranks == 2 else runs)
+    return folder
+
+
+@pytest.mark.parametrize("name", MANY)
 @pytest.mark.slow
-def test_the_run_does_not_depend_on_the_ranks(toy, tmp_path, ranks, flags):
-    on(ranks, toy, tmp_path / "many", *flags)
-    main(words(toy, tmp_path / "one" / "run", *(f for f in flags if f not in ("--parallel", "ddp", "fsdp"))))
-    if "bf16" not in flags:
-        _same_run(tmp_path / "many", tmp_path / "one" / "run")
-        return
-    ours, theirs = (read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("many", "one/run"))
+def test_the_run_does_not_depend_on_the_ranks(toy, many, tmp_path, name):
+    flags = MANY[name][1]
+    main(words(toy, tmp_path / "run", *alone(flags)))
+    if not {"bf16", "fp16"} & set(flags):
+        _same_run(many / name, tmp_path / "run")
+    if "--sample-prompts" in flags:
+        _same_samples(many / name, tmp_path / "run")
+    ours, theirs = (read_json_lines(run / "metrics.jsonl") for run in (many / name, tmp_path / "run"))
+    assert ours[0]["margin"] == theirs[0]["margin"] == 0.0
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=3e-3)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.05)
+
+
+def _same_samples(ours: Path, theirs: Path) -> None:
+    mine, other = (read_json_lines(run / "samples.jsonl") for run in (ours, theirs))
+    texts = [{k: v for k, v in r.items() if k != "log_ratio"} for r in mine]
+    assert texts == [{k: v for k, v in r.items() if k != "log_ratio"} for r in other]
+    for a, b in zip(mine, other, strict=True):
+        assert a["log_ratio"] == pytest.approx(b["log_ratio"], abs=1e-4)
+    for a, b in zip(*(read_json_lines(run / "eval.jsonl") for run in (ours, theirs)), strict=True):
+        assert a["kl"] == pytest.approx(b["kl"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_what_two_ranks_cached_is_all_that_one_process_needs(toy, many, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo.refsetup.ReferenceSource, "model", lambda self: pytest.fail("reference computed"))
+    flags = ("--reference-cache", str(many / "cached"))
+    train = [word for word in words(toy, tmp_path / "run", *flags) if word != str(toy / "held_out.jsonl")]
+    train.remove("--eval-data")
+    main(train)
+    assert read_json_lines(tmp_path / "run" / "metrics.jsonl")[0]["margin"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["adapter", "moving"])
+@pytest.mark.slow
+def test_a_run_with_more_than_weights_resumes_on_one_process_and_back(toy, many, tmp_path, name):
+    """The adapter with its averaged weights and the best checkpoint; the reference that follows the policy."""
+    flags = MANY[name][1]
+    whole = tmp_path / "whole" / "run"
+    main(words(toy, whole, *alone(flags)))
+    for before, folder in ((many / name, "onto one"), (whole, "onto two")):
+        spawn.copy_run(before, tmp_path / folder)
+    checkpoint = tmp_path / "onto one" / "checkpoints" / "step-2"
+    assert list((checkpoint / "sharded").glob("*.safetensors"))
+    assert (checkpoint / "model" / "adapter_model.safetensors").exists() == (name == "adapter")
+    main(words(toy, tmp_path / "onto one", *alone(flags), "--resume", "must"))
+    on(2, toy, tmp_path / "onto two", *flags, "--resume", "must")
+    for folder in ("onto one", "onto two"):
+        _same_run(tmp_path / folder, whole)
+
+
+@pytest.mark.slow
+def test_an_sft_adapter_and_its_frozen_copy_are_sharded(toy, tmp_path):
+    """The first margin is 0, as on one process: the reference is the copy, not the base."""
+    main(words(toy, tmp_path / "sft" / "run", "--lora-r", "4", "--lora-targets", "q_proj,lm_head", "--lr", "1e-2"))
+    adapter = ("--adapter", str(tmp_path / "sft" / "run" / "model"), "--reference", "adapter-off", "--dtype", "bf16")
+    main(words(toy, tmp_path / "one" / "run", *adapter))
+    on(2, toy, tmp_path / "two" / "run", *adapter, "--parallel", "fsdp")
+    ours, theirs = (read_json_lines(tmp_path / name / "run" / "metrics.jsonl") for name in ("two", "one"))
+    assert ours[0]["margin"] == theirs[0]["margin"] == 0.0
+    assert abs(theirs[-1]["margin"]) > 1e-3
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=3e-3)
 
 
 def test_an_error_ends_all_ranks_with_one_line_and_status_2(toy, tmp_path):
@@ -155,7 +236,7 @@ def test_an_error_ends_all_ranks_with_one_line_and_status_2(toy, tmp_path):
     ("flags", "message"),
     [
         (("--lr", "-1"), "--lr: expected a positive number"),
-        (("--parallel", "fsdp", "--ema", "0.9"), "--ema: expected --parallel ddp"),
+        (("--parallel", "fsdp", "--optimizer", "adafactor"), "--optimizer adafactor: expected --parallel ddp"),
         (("--parallel", "ddp", "--dtype", "bf16", "--param-dtype", "bf16"), "--param-dtype bf16: expected"),
         (("--no-such-flag",), "no-such-flag"),
     ],

@@ -10,7 +10,8 @@ import torch
 
 from dpo.errors import UserError
 from dpo.optim import OPTIMIZERS, RMSprop, Schedule, apply_update, build_optimizer
-from dpo.precision import Average, LossScale, MasterWeights, RoundedWeights, Weights, round_at_random
+from dpo.precision import Average, LossScale, MasterWeights, RoundedWeights, Weights
+from dpo.rounding import PIECE, mixed, round_at_random
 
 SHAPES = [(33, 7), (5,), (1, 1)]
 # torch's own class by our name, with what ours is built with besides lr
@@ -223,9 +224,8 @@ def test_master_weights_are_an_fp32_run_with_rounded_parameters(name):
 
 
 def test_rounding_at_random_is_to_a_neighbour_and_right_on_average():
-    generator = torch.Generator().manual_seed(0)
     values = torch.tensor([1.0, 1.0 + 2**-9, -1.0 - 3 * 2**-10, 3.1415927, 1e-40, 0.0, math.inf, -math.inf, math.nan])
-    draws = torch.stack([round_at_random(values, generator) for _ in range(20_000)]).double()
+    draws = torch.stack([round_at_random(values, mixed(0, k)) for k in range(20_000)]).double()
     below = values.view(torch.int32).bitwise_and(~0xFFFF).view(torch.float32).double()
     ulp = torch.tensor([2**-7, 2**-7, 2**-7, 2**-6], dtype=torch.float64)
     assert ((draws - below)[:, :4].abs() <= ulp).all()
@@ -236,18 +236,37 @@ def test_rounding_at_random_is_to_a_neighbour_and_right_on_average():
     assert draws[:, 8].isnan().all()
 
 
+def test_what_is_drawn_depends_on_the_element_alone():
+    """Cut anywhere, across the pieces in which it is drawn: the same bits; other keys and elements: others."""
+    values = torch.full((PIECE + 5000,), 1.0 + 2**-8)  # half-way between two neighbours
+    whole = round_at_random(values, mixed(1, 2, 3)).float()
+    for start, end in ((0, 7), (5, PIECE + 3), (PIECE - 2, PIECE + 5000), (PIECE, PIECE + 1)):
+        part = round_at_random(values[start:end], mixed(1, 2, 3), start).float()
+        assert torch.equal(part, whole[start:end])
+    up = (whole > 1.004).double()
+    n = len(up)
+    assert abs(up.mean().item() - 0.5) < 5 * 0.5 / math.sqrt(n)
+    others = [(round_at_random(values, mixed(*key)) > 1.004).double() for key in ((1, 2, 4), (1, 3, 3), (2, 2, 3))]
+    shifted = [up.roll(k) for k in (1, 2, 64, PIECE)]
+    for other in (*others, *shifted):
+        correlation = ((up - 0.5) * (other - 0.5)).mean().item() * 4
+        assert abs(correlation) < 6 / math.sqrt(n)
+
+
 @pytest.mark.parametrize("name", ["rmsprop", "adamw", "adagrad", "adafactor"])
 def test_updates_too_small_for_bf16_count_on_average(name):
+    def held_in_fp32(weights: RoundedWeights) -> int:
+        return sum(target.untyped_storage().nbytes() for target in weights.targets)
+
     def run(seed: int, chunk: int) -> list[torch.Tensor]:
         params = [torch.nn.Parameter(torch.ones(40, 50, dtype=torch.bfloat16)) for _ in range(3)]
         weights = RoundedWeights(params, seed, chunk=chunk)
         optimizer = build_optimizer(name, weights.targets, lr=1e-4)
-        weights.release()
-        assert all(target.numel() == 0 for target in weights.targets)
+        assert held_in_fp32(weights) == 0
         for _ in range(10):
             torch.stack([p.sum() for p in params]).sum().backward()
             apply_update(optimizer, torch.tensor(1.0), 0.0, weights=weights)
-        assert all(target.numel() == 0 for target in weights.targets)
+        assert held_in_fp32(weights) == 0
         before = [p.detach().clone() for p in params]
         torch.stack([p.sum() for p in params]).sum().backward()
         assert apply_update(optimizer, torch.tensor(math.nan), 0.0, weights=weights).skipped.item() == 1.0
