@@ -104,6 +104,8 @@ class ReferenceSource:
                 "fused-dpo": __version__,
                 "transformers": transformers.__version__,
             }
+            if getattr(self.config, "load_in_4bit", False):
+                self._identity["quantisation"] = "nf4"
         return self._identity
 
     def _digest(self) -> str | list[str]:

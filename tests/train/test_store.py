@@ -17,12 +17,15 @@ from transformers import LlamaForCausalLM
 import dpo.refsetup
 import dpo.store
 from dpo.cli import main
+from dpo.config import TrainConfig
 from dpo.fingerprint import FileDigests, model_digest
+from dpo.inputs import Policy
 from dpo.loss import Objective
 from dpo.metrics import read_json_lines
 from dpo.model import prepare
 from dpo.packing import Group
 from dpo.reference import CachedReference, MovingReference
+from dpo.refsetup import ReferenceSource
 from dpo.steps import StepPlan, build_step
 from dpo.store import ReferenceStore, token_keys
 from tests.train.faults import Disk
@@ -142,12 +145,28 @@ def test_digests_of_files_are_remembered_and_never_stale(tmp_path, monkeypatch):
     os.utime(weights, (1e9, 1e9))  # same path, same size, same time of modification
     changed = model_digest(str(folder), FileDigests(memory))
     assert changed != first
+    found = {first, changed}
     settings = json.loads((folder / "config.json").read_text())
-    settings["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    (folder / "config.json").write_text(json.dumps(settings))
-    assert model_digest(str(folder), FileDigests(memory)) not in (first, changed)
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    others = {"rope_parameters": linear, "sliding_window": 8, "final_logit_softcapping": 30.0, "logit_scale": 0.5}
+    others["quantization_config"] = {"load_in_4bit": True}
+    for name, value in others.items():
+        (folder / "config.json").write_text(json.dumps(settings | {name: value}))
+        found.add(model_digest(str(folder), FileDigests(memory)))
+    assert len(found) == 2 + len(others)
     memory.write_text("[]")
     model_digest(str(folder), FileDigests(memory))
+
+
+def test_a_base_of_four_bits_is_another_reference(tmp_path):
+    write_model(tmp_path / "model")
+    settings = TrainConfig(model=str(tmp_path / "model"), data="x", lora_r=2, reference_cache=str(tmp_path / "store"))
+    policy = Policy(LlamaForCausalLM(toy_config()), None, CPU)
+    found = [
+        ReferenceSource(replace(settings, load_in_4bit=four_bits), policy, OBJECTIVE, untrained=True).identity()
+        for four_bits in (False, True)
+    ]
+    assert found[0] != found[1]
 
 
 def test_a_young_file_is_not_remembered(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.cli import main
+from dpo.sharded import load_parts
 from tests.train.toy import write_toy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +81,16 @@ def test_a_checkpoint_that_bears_a_pickle_is_refused(toy, tmp_path, capsys, file
     assert not (tmp_path / "boom").exists()
 
 
+@pytest.mark.parametrize("file", ["part.safetensors", ".metadata"])
+def test_parts_of_a_checkpoint_that_are_pickles_are_not_read(tmp_path, file):
+    (tmp_path / "sharded").mkdir()
+    save_file({"weights/a": torch.ones(2)}, tmp_path / "sharded" / "good.safetensors")
+    (tmp_path / "sharded" / file).write_bytes(pickle.dumps(_Bomb(tmp_path / "boom")))
+    with contextlib.suppress(ValueError):
+        load_parts(tmp_path, None)
+    assert not (tmp_path / "boom").exists()
+
+
 def test_a_store_that_bears_a_pickle_is_not_used(toy, tmp_path):
     cache = "--reference-cache", str(tmp_path / "store")
     main(_words(toy, tmp_path / "a", *cache))
@@ -117,8 +129,11 @@ def test_code_that_comes_with_a_model_is_not_run_unasked(toy, tmp_path, capsys):
     assert not (tmp_path / "boom").exists()
 
 
-def test_no_source_file_reads_a_pickle():
-    banned = re.compile(r"\btorch\.load\(|\bpickle\.loads?\(|\bUnpickler\b|allow_pickle=True|\bjoblib\b|\bdill\b")
+def test_no_source_file_reads_a_pickle_or_unpacks_an_archive():
+    banned = re.compile(
+        r"\btorch\.load\(|\bpickle\.loads?\(|\bUnpickler\b|allow_pickle=True|\bjoblib\b|\bdill\b"
+        r"|\btarfile\b|\bzipfile\b|\bunpack_archive\b"
+    )
     files = [*(ROOT / "dpo").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     assert len(files) > 30
     assert [str(file) for file in files if banned.search(file.read_text(encoding="utf-8"))] == []
