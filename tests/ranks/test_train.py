@@ -146,7 +146,7 @@ def many(toy, tmp_path_factory):
     cache = ["cache", "--model", str(toy / "model"), "--data", str(toy / "pairs.jsonl"), "--pairs-per-step", "6"]
     cache += ["--reference-cache", str(folder / "cached")]
     for ranks in (2, 3):
-        runs = [words(toy, folder / name, *flags) for name, (number, flags) in MANY.items() if number == ranks]
+        runs = [words(toy, folder / name / "run", *flags) for name, (number, flags) in MANY.items() if number == ranks]
         spawn.run_each(ranks, [cache, *runs] if ranks == 2 else runs)
     return folder
 
@@ -157,10 +157,10 @@ def test_the_run_does_not_depend_on_the_ranks(toy, many, tmp_path, name):
     flags = MANY[name][1]
     main(words(toy, tmp_path / "run", *alone(flags)))
     if not {"bf16", "fp16"} & set(flags):
-        _same_run(many / name, tmp_path / "run")
+        _same_run(many / name / "run", tmp_path / "run")
     if "--sample-prompts" in flags:
-        _same_samples(many / name, tmp_path / "run")
-    ours, theirs = (read_json_lines(run / "metrics.jsonl") for run in (many / name, tmp_path / "run"))
+        _same_samples(many / name / "run", tmp_path / "run")
+    ours, theirs = (read_json_lines(run / "metrics.jsonl") for run in (many / name / "run", tmp_path / "run"))
     assert ours[0]["margin"] == theirs[0]["margin"] == 0.0
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=3e-3)
@@ -194,7 +194,7 @@ def test_a_run_with_more_than_weights_resumes_on_one_process_and_back(toy, many,
     flags = MANY[name][1]
     whole = tmp_path / "whole" / "run"
     main(words(toy, whole, *alone(flags)))
-    for before, folder in ((many / name, "onto one"), (whole, "onto two")):
+    for before, folder in ((many / name / "run", "onto one"), (whole, "onto two")):
         spawn.copy_run(before, tmp_path / folder)
     checkpoint = tmp_path / "onto one" / "checkpoints" / "step-2"
     assert list((checkpoint / "sharded").glob("*.safetensors"))
