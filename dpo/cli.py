@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 
@@ -23,19 +26,20 @@ from dpo.commands import (
 )
 from dpo.config import TrainConfig, yaml_to_args
 from dpo.errors import Stopped, UserError
+from dpo.flags import check_command, check_words
 
-Command = (
-    Annotated[TrainConfig, tyro.conf.subcommand("train")]
-    | Annotated[CacheConfig, tyro.conf.subcommand("cache")]
-    | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
-    | Annotated[MergeConfig, tyro.conf.subcommand("merge")]
-    | Annotated[LossesConfig, tyro.conf.subcommand("losses")]
-    | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
-    | Annotated[DemoConfig, tyro.conf.subcommand("demo")]
-    | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
-    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
-)
-_CONFIGS = {"train": TrainConfig, "cache": CacheConfig, "score": ScoreConfig}
+COMMANDS: dict[str, type] = {
+    "train": TrainConfig,
+    "cache": CacheConfig,
+    "score": ScoreConfig,
+    "merge": MergeConfig,
+    "losses": LossesConfig,
+    "plan": PlanConfig,
+    "demo": DemoConfig,
+    "doctor": DoctorConfig,
+    "report": ReportConfig,
+}
+_READ_YAML = {"train", "cache", "score"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,15 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"fused-dpo {__version__}")
         return
     try:
-        quiet = _one_of_several() and os.environ["RANK"] != "0"
-        config: Any = tyro.cli(
-            Command,  # pyright: ignore[reportArgumentType]
-            prog="dpo",
-            description="Direct Preference Optimization with one packed, prefix-shared forward pass.",
-            args=_with_config_file(words),
-            console_outputs=not quiet,
-        )
-        run(config)
+        run(parse(words))
     except UserError as error:
         _end(f"dpo: {error}", 2)
     except Stopped as error:
@@ -67,6 +63,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not _one_of_several():
             raise
         _end(traceback.format_exc().rstrip(), 1)
+
+
+def parse(words: Sequence[str]) -> Any:
+    """The configuration that command-line words ask for. UserError for words that ask for none."""
+    check_command(words, COMMANDS)
+    words = _with_config_file(words)
+    if words[0] in COMMANDS:
+        check_words(words[0], COMMANDS[words[0]], words[1:])
+    known = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())]  # noqa: UP007
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(
+                known,  # pyright: ignore[reportArgumentType]
+                prog="dpo",
+                description="Direct Preference Optimization with one packed, prefix-shared forward pass.",
+                args=words,
+                console_outputs=not _one_of_several() or os.environ["RANK"] == "0",
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UserError(" ".join(re.sub("[\u2500-\u257f]", " ", told.getvalue()).split())) from None
 
 
 def _together(function: Callable[[Any], object], config: Any) -> None:
@@ -139,16 +158,19 @@ def run(config: Any) -> None:
         demo(config)
 
 
-def _with_config_file(words: list[str]) -> list[str]:
+def _with_config_file(words: Sequence[str]) -> Sequence[str]:
     """Puts the settings of `--config FILE` before the flags, which therefore win."""
-    if not words or words[0] not in _CONFIGS:
+    if words[0] not in _READ_YAML:
         return words
+    command = COMMANDS[words[0]]
     for k, word in enumerate(words):
         path = word.removeprefix("--config=") if word.startswith("--config=") else None
         if word == "--config" and k + 1 < len(words):
             path = words[k + 1]
         if path:
-            return [words[0], *yaml_to_args(path, _CONFIGS[words[0]]), *words[1:]]
+            settings = yaml_to_args(path, command)
+            check_words(words[0], command, settings, where=f"--config {path}: ", whole=False)
+            return [words[0], *settings, *words[1:]]
     return words
 
 

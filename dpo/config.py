@@ -375,6 +375,8 @@ _LISTS = {"log_to"}
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, RecursionError):  # whose words depend on the caller's depth
+        return "nesting too deep"
     return " ".join(str(error).split())
 
 

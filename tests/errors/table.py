@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import os
 import re
 import tempfile
@@ -25,8 +24,7 @@ HEAD = """# What bad input gets
 Every command ends with exit status 2 and a line that names the file, row, field or flag, what was expected and what
 was found; calls from Python raise `UserError` (kernels: `ValueError`) with that line. Nothing is written over, and
 nobody sees a traceback. `python -m tests.errors.table` writes this table, and the tests fail where it is not what
-happens. `HERE` stands for a folder. A flag that cannot be read at all gets a box with its help; the first paragraph
-is shown.
+happens. `HERE` stands for a folder.
 
 | input | where | what | answer |
 |---|---|---|---|
@@ -75,20 +73,13 @@ def answer(case: Case, here: Path, toy: Path) -> str:
 
 
 def _one_line(case: Case, text: str, here: Path, toy: Path) -> str:
-    """The message of the program, or the first paragraph of tyro's box without its list of choices."""
+    """The message of the program."""
     if "Traceback" in text:
         raise Surprise(f"{case.name}: {text[:300]}")
     said = [line for line in text.splitlines() if re.match(r"dpo: |\w+Error: ", line)]
-    if said:
-        if len(said) > 1 or len(text.splitlines()) > 1 + text.count("note:"):
-            raise Surprise(f"{case.name}: expected one line, found {text!r}")
-        line = said[0].removeprefix("dpo: ")
-    else:
-        # a title, a rule where the terminal has no boxes, the message, a rule, help
-        inside = [part for line in text.splitlines() if (part := line.strip("│╭╮╰╯ |+"))][1:]
-        after_rule = itertools.dropwhile(lambda part: not part.strip("─-"), inside)
-        shown = itertools.takewhile(lambda part: part.strip("─-"), after_rule)
-        line = " ".join(shown).partition(" Expected one of")[0].partition(" Got errors")[0]
+    if len(said) != 1 or len(text.splitlines()) > 1 + text.count("note:"):
+        raise Surprise(f"{case.name}: expected one line, found {text!r}")
+    line = said[0].removeprefix("dpo: ")
     for folder, name in ((here, "HERE"), (toy, "HERE"), (Path.cwd(), "HERE")):
         line = line.replace(str(folder.resolve()), name).replace(str(folder), name)
     line = re.sub(r"\.writing-\d+-", ".writing-N-", line)
