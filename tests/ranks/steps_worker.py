@@ -29,6 +29,7 @@ from dpo.precision import Average, Weights
 from dpo.reference import AdapterOffReference, CachedReference, OnlineReference
 from dpo.steps import StepPlan, build_step, eval_steps
 from dpo.train import enable_checkpointing
+from tests.ranks import updates
 from tests.train.toy import random_groups, toy_config
 
 CPU = torch.device("cpu")
@@ -169,7 +170,8 @@ def run_case(case: Case) -> dict[str, Any]:
 def main(path: str, *names: str) -> None:
     torch.set_num_threads(1)
     with distributed.joined("cpu"):
-        results = {name: run_case(CASES[name]) for name in names}
+        results: dict[str, Any] = {name: run_case(CASES[name]) for name in names}
+        results["updates"] = updates.results()
         if distributed.is_main():
             torch.save(results, path)
 

@@ -8,7 +8,7 @@ import torch
 from dpo.precision import RoundedWeights, Weights
 from tests.ranks import spawn
 from tests.ranks.steps_worker import CASES, run_case
-from tests.ranks.updates_worker import ROUNDED, UPDATED, updated
+from tests.ranks.updates import ROUNDED, UPDATED, updated
 
 # stock Transformers modules drop to fp32 inside; see tests/train/test_invariance.py
 LOGP_BOUND, GRAD_BOUND = 1e-8, 1e-6
@@ -67,22 +67,14 @@ def test_three_ranks_compute_the_step_of_one_process(three, name):
     assert len(set(three[name]["bins"])) == 1
 
 
-@pytest.fixture(scope="module")
-def updates(tmp_path_factory):
-    path = tmp_path_factory.mktemp("updates") / "two.pt"
-    for status, _, errors in spawn.run(2, "-m", "tests.ranks.updates_worker", str(path)):
-        assert status == 0, errors
-    return torch.load(path, weights_only=True)
-
-
 @pytest.mark.parametrize("name", ROUNDED)
-def test_rounding_at_random_is_the_same_on_any_number_of_ranks(updates, name):
-    for ours, theirs in zip(updates[0][name], updated(name, RoundedWeights, torch.bfloat16), strict=True):
+def test_rounding_at_random_is_the_same_on_any_number_of_ranks(two, name):
+    for ours, theirs in zip(two["updates"][0][name], updated(name, RoundedWeights, torch.bfloat16), strict=True):
         assert ours.dtype == torch.bfloat16
         assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", UPDATED)
-def test_every_optimizer_updates_what_ranks_hold_parts_of(updates, name):
-    for ours, theirs in zip(updates[1][name], updated(name, Weights, torch.float64), strict=True):
+def test_every_optimizer_updates_what_ranks_hold_parts_of(two, name):
+    for ours, theirs in zip(two["updates"][1][name], updated(name, Weights, torch.float64), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

@@ -1,11 +1,6 @@
-"""Updates of parameters that ranks hold rows of: python -m tests.ranks.updates_worker FILE.
-
-Weights after updates go to FILE (rank 0 writes).
-"""
+"""Updates of parameters that ranks hold rows of, or of whole ones on one process."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 import torch.distributed as dist
@@ -13,7 +8,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dpo import distributed
 from dpo.optim import OPTIMIZERS, apply_update, build_optimizer
 from dpo.placement import WHOLE_ONLY
 from dpo.precision import MasterWeights, RoundedWeights, Weights
@@ -45,14 +39,7 @@ def updated(name: str, kind: type[Weights], dtype: torch.dtype) -> list[Tensor]:
     return [getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in params]
 
 
-def main(path: str) -> None:
-    torch.set_num_threads(1)
-    with distributed.joined("cpu"):
-        rounded = {name: updated(name, RoundedWeights, torch.bfloat16) for name in ROUNDED}
-        results = {name: updated(name, Weights, torch.float64) for name in UPDATED}
-        if distributed.is_main():
-            torch.save([rounded, results], path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def results() -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """bf16 weights rounded at random, and float64 weights, after the updates of each optimizer."""
+    rounded = {name: updated(name, RoundedWeights, torch.bfloat16) for name in ROUNDED}
+    return rounded, {name: updated(name, Weights, torch.float64) for name in UPDATED}
