@@ -71,12 +71,12 @@ def parse(words: Sequence[str]) -> Any:
     words = _with_config_file(words)
     if words[0] in COMMANDS:
         check_words(words[0], COMMANDS[words[0]], words[1:])
-    known = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())]  # noqa: UP007
+    known: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())]  # noqa: UP007
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
             return tyro.cli(
-                known,  # pyright: ignore[reportArgumentType]
+                known,
                 prog="dpo",
                 description="Direct Preference Optimization with one packed, prefix-shared forward pass.",
                 args=words,

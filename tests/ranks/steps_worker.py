@@ -146,6 +146,7 @@ def run_case(case: Case) -> dict[str, Any]:
     update = apply_update(optimizer, first.sums.loss, grad_clip=0.1)
     average.update()
     weights = torch.cat([_whole(p) for p in trained])
+    averaged: dict[str, float] = {}
     if case.ema:
         with average.applied():
             assert not torch.equal(torch.cat([_whole(p) for p in trained]), weights)
@@ -160,7 +161,7 @@ def run_case(case: Case) -> dict[str, Any]:
         "weights": weights,
         "second_sums": second.sums.sums,
         "evaluation": evaluate(model, eval_steps(groups, plan, groups_per_chunk=4), ref_logps, OBJECTIVE, CPU),
-        "averaged": averaged if case.ema else {},
+        "averaged": averaged,
         "bins": distributed.gathered(len(step.all_bins)),
         "empty": distributed.gathered(sum(not b.members for b in step.all_bins)),
         "tokens": step.num_tokens,
