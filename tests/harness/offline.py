@@ -105,7 +105,22 @@ class MachineCode:
     warps: int
     instructions: list[str]
     """Whole instructions, in program order."""
-    in_loop: list[bool] = field(repr=False)
+    loops: list[set[int]] = field(repr=False)
+    """The instructions of each loop, an outer one's with those of its inner ones."""
+    in_loop: list[bool] = field(repr=False, init=False)
+
+    def __post_init__(self):
+        self.in_loop = [False] * len(self.instructions)
+        for i in set().union(*self.loops):
+            self.in_loop[i] = True
+
+    def count_beside(self, pattern: str, access: str) -> int:
+        """Instructions whose text matches in loops that make accesses of the other pattern."""
+
+        def matches(which: str, loop: set[int]) -> int:
+            return sum(bool(re.match(which, self.instructions[i])) for i in loop)
+
+        return sum(matches(pattern, loop) for loop in self.loops if matches(access, loop))
 
     def count(self, pattern: str, *, loop: bool | None = None) -> int:
         """Instructions whose text matches, in loops, outside them, or anywhere (None)."""
@@ -143,8 +158,8 @@ class MachineCode:
         return self.count(r"(LDG\S*\.128|\w+_load_dwordx4)", loop=True) * 16 * lanes * self.warps_per_multiprocessor
 
 
-def _parse(lines: list[str], label: str, instruction: str, branch: str, ends: str) -> tuple[list[str], list[bool]]:
-    """Instructions in order, and whether each can be reached from itself.
+def _parse(lines: list[str], label: str, instruction: str, branch: str, ends: str) -> tuple[list[str], list[set[int]]]:
+    """Instructions in order, and those of each loop.
 
     `branch` matches a jump and captures its label; `ends` matches instructions that never fall through. Only
     instructions without a predicate can end a block.
@@ -168,15 +183,12 @@ def _parse(lines: list[str], label: str, instruction: str, branch: str, ends: st
         successors.append([*targets, i + 1] if falls and i + 1 < len(texts) else targets)
     # The trap behind the last instruction of every kernel jumps to itself.
     jumps_back = {(i, t) for i, out in enumerate(successors) for t in out if t < i}
-    inside = [False] * len(texts)
+    before, loops = _reversed(successors), []
     for source, target in jumps_back:
         reachable = _reachable(successors, target)
-        if source not in reachable:
-            continue
-        back = _reachable(_reversed(successors), source)
-        for i in reachable & back:
-            inside[i] = True
-    return texts, inside
+        if source in reachable:
+            loops.append(reachable & _reachable(before, source))
+    return texts, loops
 
 
 def _reachable(successors: list[list[int]], start: int) -> set[int]:
@@ -207,7 +219,7 @@ def machine_code(kernel) -> MachineCode:
             k: int(v)
             for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
         }
-        texts, inside = _parse(
+        texts, loops = _parse(
             text.splitlines(), r"^(\.LBB\S+):", r"^\t([a-z]\w+.*)", r"s_c?branch\S*\s+(\S+)", r"s_branch|s_endpgm"
         )
         stack = number["private_segment_fixed_size"] + number["vgpr_spill_count"]
@@ -216,7 +228,7 @@ def machine_code(kernel) -> MachineCode:
             registers=number["vgpr_count"],
             stack=stack,
             instructions=texts,
-            in_loop=inside,
+            loops=loops,
             **common,
         )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -227,7 +239,7 @@ def machine_code(kernel) -> MachineCode:
         )
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
     number = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
-    texts, inside = _parse(
+    texts, loops = _parse(
         sass.stdout.splitlines(),
         r"^\s*(\.L_x_\w+):",
         r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);",
@@ -239,6 +251,6 @@ def machine_code(kernel) -> MachineCode:
         registers=number["REG"],
         stack=number["STACK"] + number["LOCAL"],
         instructions=texts,
-        in_loop=inside,
+        loops=loops,
         **common,
     )

@@ -32,15 +32,19 @@ def ulp(values: torch.Tensor) -> torch.Tensor:
 
 
 def assert_as_good_as_torch(logps, gradient, logits, targets, upstream, **scaling):
-    """Error against float64 at most torch's own in fp32, plus 2 ulp for log-probs and 1e-6 |g| for gradients."""
+    """Error against float64, row by row: at most torch's own in fp32 plus 2 ulp for log-probs, 1e-6 |g| for gradients.
+
+    An ulp is that of the log-prob or of 1, whichever is larger: a log-prob near 0 is the log of a sum near 1, which
+    fp32 holds to an ulp of 1, and torch's own error is none in some rows, by luck.
+    """
     truth, true_gradient = logps_and_gradient(logits, targets, upstream, torch.float64, **scaling)
     torchs, torchs_gradient = logps_and_gradient(logits, targets, upstream, torch.float32, **scaling)
     finite = torch.isfinite(truth)
     ours = logps.double().view(truth.shape)
     assert torch.equal(ours[~finite], truth[~finite])
     if finite.any():
-        allowed = (torchs - truth)[finite].abs().max() + 2 * ulp(truth[finite].abs().max())
-        assert (ours - truth)[finite].abs().max() <= allowed
+        allowed = (torchs - truth)[finite].abs() + 2 * ulp(truth[finite].abs().clamp(min=1.0))
+        assert ((ours - truth)[finite].abs() <= allowed).all()
     g = upstream.double().abs().view(truth.shape)[..., None]
     slope = scaling.get("logit_scale", 1.0) / scaling.get("temperature", 1.0)
     error = (gradient.double() - true_gradient).abs()

@@ -7,6 +7,8 @@ from dpo_kernels.calls import PairCall
 from dpo_kernels.common import LogitOptions
 from dpo_kernels.tri import KernelCall, fixed
 from dpo_kernels.tri.fused import fused_backward, fused_forward
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.harness.hints import check_hints
 from tests.harness.order import program_order
@@ -14,6 +16,7 @@ from tests.harness.traffic import count_traffic
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 IGNORE = -100
+REAL_EMPTY = torch.empty
 
 
 def call(reduction="mean", smoothing=0.0):
@@ -172,6 +175,37 @@ def test_shifted_padded_view():
     # Another alignment, another order of additions within a row.
     assert out.pairs.loss.item() == pytest.approx(expected.pairs.loss.item(), rel=1e-6)
     torch.testing.assert_close(grad.reshape(12, 129), expected_grad, rtol=1e-5, atol=1e-8)
+
+
+def test_stride_of_two_to_the_thirty():
+    """Row offsets pass 2^31 elements; pages never touched cost no memory."""
+    batch, stride = Batch(n=3, vocabulary=336, completions=2, pairs=2, dtype=torch.bfloat16), 2**30
+    batch.ids, batch.targets = torch.tensor([0, 1, 1]), torch.tensor([5, 335, 6])
+    expected, expected_grad = batch.run(LogitOptions(), call())
+    wide = REAL_EMPTY(2 * stride + 336, dtype=torch.bfloat16).as_strided((3, 336), (stride, 1))
+    batch.logits = wide.copy_(batch.logits)
+    out, grad = batch.run(LogitOptions(), call(), in_place=True)
+    assert grad.data_ptr() == wide.data_ptr()
+    assert torch.equal(out.logps, expected.logps)
+    assert torch.equal(grad, expected_grad)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(0, 5),
+    vocabulary=st.integers(1, 70),
+    completions=st.integers(1, 4),
+    pairs=st.integers(0, 5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    reference_per=st.sampled_from(["token", "completion", "none"]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    ignored=st.integers(0, 31),
+)
+def test_any_shape_and_mask(n, vocabulary, completions, pairs, dtype, reference_per, reduction, ignored):
+    batch = Batch(n, vocabulary, completions, pairs, dtype=dtype, reference_per=reference_per, seed=ignored)
+    for row in range(n):
+        batch.targets[row] = IGNORE if ignored >> row & 1 else row % vocabulary
+    check(batch, LogitOptions(), reduction)
 
 
 def test_in_place_gradient():

@@ -133,3 +133,39 @@ def test_compiled_frozen_head_and_statistics():
         goal = targets.repeat(2)[:n]
         found = [gradients(lambda h, f=f, t=goal: f(h, weight, t), hidden) for f in (step, compiled)]
         torch.testing.assert_close(*found)
+
+
+@pytest.mark.usefixtures("interpreted", "tiles")
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("per", "options"),
+    [
+        ("token", {"ld_alpha": 0.5, "loss": "sigmoid:1,sft:0.1"}),
+        ("completion", {"loss": "ipo", "reduction": "none", "wpo": True}),
+        pytest.param("token", {"loss": "aot"}, marks=pytest.mark.slow),
+        pytest.param("none", {"loss": "simpo", "gamma": 0.3}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_loss_compiles_whole_behind_the_head(backend, per, options):
+    """What `linear_dpo_loss` adds to the head's operator is torch's own arithmetic on a number a row and a pair: left
+    open, so that a compiler fuses it. Weights, references and options; two sizes, one graph."""
+    torch._dynamo.reset()
+    index = {"chosen": torch.tensor([0, 2, 0]), "rejected": torch.tensor([1, 3, 3]), "num_completions": 4}
+    weights = None if options["loss"] == "aot" else torch.tensor([1.0, 0.5, 2.0])
+
+    def step(targets, ids, ref, hidden, weight):
+        options_ = {**options, "pair_weights": weights, "backend": backend}
+        return linear_dpo_loss(hidden, weight, targets, ids, ref, **index, **options_).loss.sum()
+
+    counter, graphs = CompileCounterWithBackend("aot_eager"), set()
+    compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
+    for n in (21, 30):
+        hidden, weight, *_, targets = operands(n)
+        ids = (torch.arange(n) // 5).clamp(max=3)
+        ref = {"token": -torch.rand(n), "completion": -torch.rand(4), "none": None}[per]
+        found = [gradients(lambda h, w, f=f, t=targets, i=ids, r=ref: f(t, i, r, h, w), hidden, weight)
+                 for f in (step, compiled)]  # fmt: skip
+        torch.testing.assert_close(*found)
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1

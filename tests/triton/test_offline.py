@@ -109,13 +109,15 @@ def compile_fused(
     reduction="mean",
     softcap=None,
     loss="sigmoid",
+    backward=True,
+    **more,
 ):
-    """Machine code of the one-launch forward and backward."""
+    """Machine code of the one-launch forward and, unless told not to, backward; more: options of the loss."""
     logits, targets = torch.empty(4, 2, vocabulary, dtype=dtype), torch.zeros(4, 2, dtype=torch.long)
     ids, index, numbers = None if padded else targets, torch.zeros(3, dtype=torch.long), torch.zeros(8)
     references = {"token": numbers, "completion": numbers[:4], "none": None}[ref]
     weights = numbers[:3] if weighted else None
-    options, call = LogitOptions(softcap=softcap), kernel_call(loss, reduction)
+    options, call = LogitOptions(softcap=softcap), kernel_call(loss, reduction, **more)
     work = torch.zeros(fixed.workspace_size(4), dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch, compiling(target) as compiled:
         patch.setattr(rows, "warp_size", lambda device: TARGETS[target].warp_size)
@@ -123,7 +125,8 @@ def compile_fused(
             logits, targets, ids, references, index, index, weights, 4, options, call,
             ref_per_token=ref == "token", work=work,
         )  # fmt: skip
-        fused_backward(logits, targets, ids, index, index, out, numbers[:3], 4, options, reduction)
+        if backward:
+            fused_backward(logits, targets, ids, index, index, out, numbers[:3], 4, options, reduction)
     return [machine_code(kernel) for kernel in compiled]
 
 
@@ -160,6 +163,7 @@ def assert_row_loop_is_wide(code, vocabulary):
     assert code.stack == 0, f"{code.name} on {code.target}"
     assert code.shared <= SHARED_LIMIT[code.target]
     assert code.count(WIDE, loop=True) >= 1
+    assert code.count_beside("BAR|s_barrier", WIDE) == 0
     assert not {name for name in code.global_accesses(loop=True) if re.search(r"U16|ushort|_short|S16", name)}
     if vocabulary >= 32000:
         assert code.warps_per_multiprocessor >= (16 if code.target == "gfx942" else 24)
@@ -220,11 +224,24 @@ def test_every_loss_in_one_kernel(target):
     assert code.shared <= SHARED_LIMIT[target]
 
 
+MARGINS = [name for name in KERNEL_IDS if "f_divergence" in LOSSES[name].options]
+DIVERGENT = [(name, divergence) for name in MARGINS for divergence in ("forward_kl", "js", "alpha")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("loss", "divergence"), [*((name, "") for name in KERNEL_IDS), *DIVERGENT])
+def test_every_loss_behind_the_row_loop(target, loss, divergence):
+    options = {"f_divergence": divergence} if divergence else {}
+    for ref in ("token", "completion") if LOSSES[loss].reference else ("none",):
+        (code,) = compile_fused(target, torch.bfloat16, 50257, ref=ref, loss=loss, backward=False, **options)
+        assert_row_loop_is_wide(code, 50257)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_single_loss(target):
-    margins = [name for name in KERNEL_IDS if "f_divergence" in LOSSES[name].options]
-    for code in compile_losses(target, KERNEL_IDS) + compile_losses(target, margins, ("forward_kl", "js", "alpha")):
+    for code in compile_losses(target, KERNEL_IDS) + compile_losses(target, MARGINS, ("forward_kl", "js", "alpha")):
         assert code.stack == 0, f"{code.name} on {target}"
 
 

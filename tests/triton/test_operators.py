@@ -1,5 +1,8 @@
 """Operators and dispatch: opcheck, compiled whole graphs, public functions on the Triton backend, what is refused."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from dpo_kernels import (
@@ -16,6 +19,7 @@ from dpo_kernels import (
 from tests.harness.interpret import interpret
 from tests.harness.traffic import count_traffic
 
+OURS = "dpo_kernels::"
 NUMBERS = (-100, 0.8, 1.5, 0.0)
 NUMBERS_OF_A_TERM = [1.0, 0.1, 0.0, 0.5]
 """Of the sigmoid loss, code 0: weight, smoothing."""
@@ -78,6 +82,36 @@ class TestOpcheck:
         tensors = logits, targets, torch.randint(0, 4, (5,)), ref, chosen, rejected, None
         numbers = 4, False, False, *NUMBERS, [0], NUMBERS_OF_A_TERM, 0.1, False, reduction
         torch.library.opcheck(fused_operators.dpo_loss_from_logits, (*tensors, *numbers))
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_dpo_loss_from_logits_backward(self, reduction):
+        logits, targets = rows(requires_grad=False)
+        ids, (_, ref, chosen, rejected) = torch.randint(0, 4, (5,)), pairs()
+        forward = logits, targets, ids, ref, chosen, rejected, None, 4, False, False, *NUMBERS
+        loss, losses, _, *kept = fused_operators.dpo_loss_from_logits(
+            *forward, [0], NUMBERS_OF_A_TERM, 0.1, False, reduction
+        )
+        slopes, grad, _, *statistics = kept
+        upstream = torch.ones_like(losses if reduction == "none" else loss)
+        tensors = upstream, logits, targets, ids, chosen, rejected, slopes, grad, *statistics
+        for backward in (
+            fused_operators.dpo_loss_from_logits_backward,
+            fused_operators.dpo_loss_from_logits_backward_,
+        ):
+            torch.library.opcheck(backward, (*tensors, 4, *NUMBERS, reduction))
+
+    def test_backward_of_unreduced_pairs_and_rankings(self):
+        _, _, chosen, rejected = pairs()
+        torch.library.opcheck(operators.pair_loss_backward, (torch.randn(2, 3), torch.randn(3), chosen, rejected, 4))
+        rankings = torch.tensor([[0, 1, 2], [3, 1, -1]])
+        torch.library.opcheck(operators.ranking_loss_backward, (torch.randn(2, 3), torch.randn(2), rankings, 4))
+
+    def test_none_is_left_out(self):
+        """Every operator of the package is in this class or in `test_head_operators.py`."""
+        tests = Path(__file__).read_text() + (Path(__file__).parent / "test_head_operators.py").read_text()
+        found = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if OURS in name}
+        assert len(found) >= 13
+        assert not {name for name in found if not re.search(rf"operators\.{name}\b", tests)}
 
 
 def launches(traffic):

@@ -18,7 +18,7 @@ from ..common import LogitOptions
 from . import fixed
 from . import rows as _rows
 from .fixed import BAD, COUNT, SUMS, add_value, count_token, publish, scatter_pairs
-from .logits import LOG2_E, row_statistics, shaping, target_score, write_row_gradient, write_row_zeros
+from .logits import LOG2_E, log_prob, row_statistics, shaping, target_score, write_row_gradient, write_row_zeros
 from .losses import KernelCall
 from .pairs import (
     COMPLETION_REFERENCE,
@@ -93,8 +93,8 @@ def fused_forward_kernel(
             m, s, _, _, _ = row_statistics(
                 logits, start, phase, V, inside, cap, base2, VEC, LANES, UNROLL, PEEL, SHAPE, 0
             )
-            lp = (x_t - m) * outside - tl.log(s)
-            inv_sum = 1.0 / s
+            lp = log_prob(x_t, m, s, outside)
+            inv_sum = 1.0 / s.to(tl.float32)
             value = lp.to(tl.float64)
             if REFERENCE == TOKEN_REFERENCE:
                 value -= tl.load(ref + row).to(tl.float64)

@@ -96,8 +96,8 @@ def row_statistics(
     VEC: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PEEL: tl.constexpr, SHAPE: tl.constexpr,
     STATS: tl.constexpr,
 ):  # fmt: skip
-    """(max, sum, sum e*(x - max), sum e*e, sum x) of one row: each thread keeps its own until the end, no barrier in
-    the loop.
+    """(max, float64 sum, sum e*(x - max), sum e*e, sum x) of one row: each thread keeps its own until the end, no
+    barrier in the loop.
     """
     body_ptr, head, body = split_row(logits, start, phase, V, VEC, PEEL)
     if PEEL:
@@ -114,7 +114,7 @@ def row_statistics(
         m, s, sx, ss, total = fold_block(m, s, sx, ss, total, x, valid, base2, STATS)
     row_m = tl.max(m, axis=0)
     rescale = tl.exp2((m - row_m) * base2)
-    row_s = tl.sum(s * rescale, axis=0)
+    row_s = tl.sum((s * rescale).to(tl.float64), axis=0)
     if STATS & 1:
         sx = tl.sum((sx + s * tl.where(s > 0.0, m - row_m, 0.0)) * rescale, axis=0)
     if STATS & 8:
@@ -122,6 +122,18 @@ def row_statistics(
     if STATS & 4:
         total = tl.sum(total, axis=0)
     return row_m, row_s, sx, ss, total
+
+
+@triton.jit
+def log_prob(x_t, m, s, outside):
+    """The target's log-prob from its score, the row's maximum and its float64 sum, in fp32.
+
+    The subtraction comes first, so a large maximum costs nothing; what fp32 drops of the sum is half a unit of a
+    confident row's log-prob, and comes back as a term of its own.
+    """
+    near = s.to(tl.float32)
+    rest = (s - near).to(tl.float32)
+    return (x_t - m) * outside - (tl.log(near) + rest / near)
 
 
 @triton.jit
@@ -162,10 +174,11 @@ def logps_forward_kernel(
     if target != ignore_index:
         start = row_start(row, inner, outer_stride, inner_stride)
         x_t = target_score(logits + start, target, V, inside, cap, SHAPE)
-        m, s, sx, ss, total = row_statistics(
+        m, total_e, sx, ss, total = row_statistics(
             logits, start, phase, V, inside, cap, base2, VEC, LANES, UNROLL, PEEL, SHAPE, STATS
         )
-        lp = (x_t - m) * outside - tl.log(s)
+        lp = log_prob(x_t, m, total_e, outside)
+        s = total_e.to(tl.float32)
         inv_sum = 1.0 / s
         store_statistics(stats + row, N, V, x_t, m, s, sx, ss, total, outside, STATS)
     else:

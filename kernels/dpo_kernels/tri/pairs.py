@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import fixed, rows
 from .fixed import SUMS, published, scatter_pairs
-from .losses import KernelCall, sum_of_losses
+from .losses import KernelCall, quotient, sum_of_losses
 
 THREADS = 256
 """Of the one program that works on pairs; also pairs a pass, so that each thread rereads only what it wrote itself."""
@@ -43,7 +43,7 @@ def completion_values(
             tokens = tl.load(work + SUMS + 6 * C + completion, mask=known, other=1, cache_modifier=".cg")
         else:
             tokens = tl.load(lengths + completion, mask=known, other=1)
-        share = 1.0 / tl.maximum(tokens, 1).to(tl.float64)
+        share = quotient(1.0, tl.maximum(tokens, 1).to(tl.float64))
     return delta, logp, share
 
 

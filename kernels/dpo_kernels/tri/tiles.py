@@ -40,16 +40,18 @@ def fold_kernel(
         start = row.to(tl.int64) * stride
         if (goal >= v0) & (goal < v0 + v):
             tl.store(target + row, target_score(tile + start, goal - v0, v, inside, cap, SHAPE))
-        m, s, sx, ss, sum_x = row_statistics(
+        m, total_e, sx, ss, sum_x = row_statistics(
             tile, start, 0, v, inside, cap, base2, VEC, LANES, UNROLL, PEEL, SHAPE, STATS
         )
+        s = total_e.to(tl.float32)
         old = tl.load(maximum + row)
-        old_sum = tl.load(total + row)
+        old_total = tl.load(total + row)
+        old_sum = old_total.to(tl.float32)
         new = tl.maximum(old, m)
         factor = tl.exp2((old - new) * base2)
         grown = tl.exp2((m - new) * base2)
         tl.store(maximum + row, new)
-        tl.store(total + row, old_sum * factor + s * grown)
+        tl.store(total + row, old_total * factor + total_e * grown)
         if STATS & 1:
             kept = rescaled(tl.load(weighted + row), old_sum, old, new, base2)
             tl.store(weighted + row, kept + rescaled(sx, s, m, new, base2))
@@ -91,8 +93,8 @@ def tile_gradient_kernel(
 
 @dataclass(frozen=True)
 class TileState:
-    """Running statistics of rows, [N] fp32 each; maximum and target are scores before the factor outside the soft-
-    cap.
+    """Running statistics of rows, [N] fp32 each, total float64; maximum and target are scores before the factor outside
+    the soft-cap.
     """
 
     options: LogitOptions
@@ -107,9 +109,11 @@ class TileState:
     @classmethod
     def start(cls, targets: torch.Tensor, options: LogitOptions, maximum: torch.Tensor | None = None) -> "TileState":
         """Nothing folded yet; or, for gradients, which need no more, the rows' whole maximum."""
-        parts = torch.zeros(6, targets.numel(), dtype=torch.float32, device=targets.device)
-        parts[0], parts[2] = LOWEST.value if maximum is None else maximum, float("nan")
-        return cls(options, targets, *parts.unbind())
+        parts = torch.zeros(5, targets.numel(), dtype=torch.float32, device=targets.device)
+        parts[0], parts[1] = LOWEST.value if maximum is None else maximum, float("nan")
+        whole, target, weighted, squares, plain = parts.unbind()
+        total = torch.zeros(targets.numel(), dtype=torch.float64, device=targets.device)
+        return cls(options, targets, whole, total, target, weighted, squares, plain)
 
     def rows(self, start: int, stop: int) -> "TileState":
         """Views of rows [start, stop)."""
@@ -127,12 +131,13 @@ class TileState:
         return scale.float()
 
     def _kept(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.where(self.targets != self.options.ignore_index, values, 0.0)
+        """[N] fp32, 0 where ignored."""
+        return torch.where(self.targets != self.options.ignore_index, values.float(), 0.0)
 
     def logps(self) -> torch.Tensor:
         """[N] log p(target), 0 where ignored."""
         outside = shaping(self.options)[3]
-        return self._kept((self.target - self.maximum) * outside - self.total.log())
+        return self._kept((self.target.double() - self.maximum.double()) * outside - self.total.log())
 
     def inverse_total(self) -> torch.Tensor:
         return self._kept(self.total.reciprocal())
