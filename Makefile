@@ -1,5 +1,7 @@
 # make demo, make test: each works on a fresh machine that has Python >= 3.11 and make. A second call does not reinstall.
-PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
+PYTHONS := python3.11 python3.12 python3.13 python3
+# one name a call: some shells look up the first only
+PYTHON ?= $(firstword $(foreach name,$(PYTHONS),$(shell command -v $(name) 2>/dev/null)))
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
@@ -14,7 +16,7 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(or $(PYTHON),$(error expected Python >= 3.11 on the PATH, found none (PYTHON=/path/to/python names one))) -m venv $(VENV)
 
 $(VENV)/.base: $(SOURCES) | $(BIN)/python
 	$(INSTALL) '.'
