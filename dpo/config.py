@@ -36,8 +36,8 @@ class InputConfig:
     model: str
     """The policy: a Hugging Face model id or a folder."""
     adapter: str | None = None
-    """A LoRA adapter (a folder that peft wrote) to put on --model. Training goes on with it; the reference is a frozen
-    copy of it."""
+    """A LoRA adapter (a folder that peft wrote) to put on --model.
+    Training goes on with it; the reference is a frozen copy of it."""
     data: str
     """Preference data: a .jsonl, .json, .csv or .parquet file, a dataset folder, or a dataset id."""
     config: str | None = None
@@ -49,8 +49,10 @@ class InputConfig:
     max_completion_length: int | None = 1024
     """Longer completions lose tokens on the right, their end-of-sequence with them. None: no limit."""
     comparisons: Kind = "all"
-    """Of several scored or ranked completions a prompt: all pairs, best-vs-worst, best-vs-rest, adjacent (neighbours by
-    score), random (one pair a prompt, the same in every epoch), or ranking (Plackett-Luce over all of them)."""
+    """What is compared of several scored or ranked completions a prompt.
+    all: every two that differ. best-vs-worst, best-vs-rest: only these.
+    adjacent: neighbours by score. random: one pair, fixed by the seed.
+    ranking: Plackett-Luce over all of them."""
     min_score_gap: float = 0.0
     """Compare completions whose scores (or ranks) differ by this much or more; the rest is left out and counted."""
     ranking_top_k: int | None = None
@@ -178,9 +180,12 @@ class TrainConfig(LossConfig, DataConfig):
     grad_clip: float = 10.0
     """Clip the gradient to this global norm. 0: do not clip."""
     reference: Literal["auto", "cached", "online", "adapter-off", "none"] = "auto"
-    """Log-probs of the reference: computed once and kept on disk (cached); with a second model at every step (online);
-    with LoRA, with the policy's own weights and its adapter off (adapter-off); or none, for losses that use none. auto:
-    cached, or none where the loss uses none."""
+    """Where the reference's log-probs come from.
+    cached: computed once and kept on disk.
+    online: computed at every step by a second model.
+    adapter-off: with LoRA, the policy's own weights without its adapter.
+    none: nowhere, for losses that use none.
+    auto: cached, or none where the loss uses none."""
     ref_update_every: int | None = None
     """Move the reference towards the policy every so many steps (TR-DPO). Needs --reference online."""
     ref_mix: float | None = None
@@ -224,8 +229,9 @@ class TrainConfig(LossConfig, DataConfig):
     log_to: tuple[Literal["none", "tensorboard", "wandb", "trackio"], ...] | None = None
     """Live curves: tensorboard, wandb, trackio, several of them, or none. None: TensorBoard where it is installed."""
     sample_prompts: str | None = None
-    """Write with policy and reference at every evaluation: a number takes so many prompts of the held-out data, else a
-    .txt file of prompts, one a line, or a file with a field `prompt`."""
+    """Write with policy and reference at every evaluation.
+    A number takes so many prompts of the held-out data; otherwise a file:
+    .txt with a prompt a line, or data with a field `prompt`."""
     samples_per_prompt: int = 1
     """Samples of each prompt."""
     sample_tokens: int = 128

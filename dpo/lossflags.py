@@ -16,9 +16,11 @@ class LossConfig:
     """A loss and its options. One that the loss does not use is an error; `dpo losses` prints who uses what."""
 
     loss: str = "sigmoid"
-    """The objective, sigmoid being the paper's, or a weighted sum such as sigmoid:1,sft:0.1. `dpo losses` lists all:
-    sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, discopop, aot,
-    aot_unpaired, sigmoid_norm, simpo, alphapo, orpo, cpo, unlikelihood, sft."""
+    """The objective, or a weighted sum such as sigmoid:1,sft:0.1.
+    sigmoid (the paper's), robust, hinge, ipo, exo_pair, nca_pair,
+    bco_pair, sppo_hard, apo_zero, apo_down, discopop, aot, aot_unpaired,
+    sigmoid_norm, simpo, alphapo, orpo, cpo, unlikelihood, sft.
+    `dpo losses` explains each."""
     label_smoothing: float | None = None
     """Probability that a preference is labelled the wrong way round (conservative DPO). None: the loss's own."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = None

@@ -1,20 +1,30 @@
-"""What README shows works: its Python runs here, its shell commands are those that .ci/run calls, its links exist."""
+"""What README shows works: its Python runs here, its shell commands are those that .ci/run calls, its links exist, and
+so do the flags and files that it names."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo.cli import Command
+from dpo.config import flag_of
 from tests.train.toy import write_model
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in ("dpo", "kernels", "bench"))]
+DOCUMENTS = [*READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+OTHER_PROGRAMS = {
+    *("--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),  # torchrun
+    *("--nodes", "--ntasks-per-node", "--gpus-per-node"),  # Slurm
+    *("--check", "--benchmark-only"),  # ruff, pytest-benchmark
+}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -102,7 +112,48 @@ def test_ci_calls_the_shell_commands_of_the_readmes(path):
         assert command in ci, command
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+def headings(path: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_pictures_exist(path):
-    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-        assert (path.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        assert (path.parent / file).exists(), target
+        assert not anchor or anchor in headings(path.parent / file if file else path), target
+
+
+def known_flags() -> set[str]:
+    """Every flag of `dpo`, both ways, and those of the benchmarks' commands."""
+    configs = [get_args(command)[0] for command in get_args(Command)]
+    fields = {field.name for config in configs for field in dataclasses.fields(config)}
+    found = {"--help", "--version"} | {flag_of(name) for name in fields} | {flag_of(f"no_{name}") for name in fields}
+    for path in (ROOT / "bench").rglob("*.py"):
+        source = path.read_text()
+        found |= set(re.findall(r"\"(--[a-z0-9-]+)\"", source))
+        found |= set(map(flag_of, re.findall(r"^    (\w+): ", source, re.MULTILINE)))  # fields of their settings
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_flags_that_are_named_exist(path):
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", path.read_text()))
+    assert named <= known_flags() | OTHER_PROGRAMS, sorted(named - known_flags() - OTHER_PROGRAMS)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_source_files_that_are_named_exist(path):
+    folders = [ROOT / name for name in ("dpo", "kernels", "bench", "tests")] if path.parent == ROOT else [path.parent]
+    for name in set(re.findall(r"`([\w/.-]+\.(?:py|css|js|toml))`", path.read_text())):
+        assert (ROOT / name).exists() or any(any(folder.rglob(name)) for folder in folders), name
+
+
+def test_no_section_stands_twice():
+    for path in DOCUMENTS:
+        titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+        assert len(titles) == len(set(titles)), path
