@@ -68,7 +68,7 @@ class Settings:
     groups_per_step: int = 16
     beta: float = 0.5
     warmup_steps: int = 10
-    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 
 
 FULL = Settings()
@@ -155,7 +155,8 @@ class Experiment:
         self.settings, self.seed = settings, seed
         self.folder = work / settings.name / f"seed-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        same_settings(self.folder / "settings.json", settings)
+        # a policy depends on its own learning rate only
+        same_settings(self.folder / "settings.json", replace(settings, lrs=()))
         parts, shuffle = split(movies, settings), random.Random(seed)
         self.train = [row for movie in parts["train"] for row in groups_of(movie, settings, shuffle)]
         write_jsonl(self.folder / "train.jsonl", self.train)

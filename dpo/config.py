@@ -192,6 +192,8 @@ class TrainConfig(LossConfig, DataConfig):
     """How far --ref-update-every moves it: reference = mix * policy + (1 - mix) * reference. None: 0.6. 1: a copy."""
     two_phase: bool = False
     """Compute log-probs of the whole step before any gradient. Groups over --token-budget always go this way."""
+    router_aux_loss: float = 0.0
+    """Mixtures of experts: weight of the loss that balances their experts, over all tokens of a step. 0: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more arithmetic."""
     lora_r: int | None = None
@@ -251,8 +253,8 @@ class TrainConfig(LossConfig, DataConfig):
         for name in (*positive, "keep_checkpoints", "max_skipped", "early_stop"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, flag_of(name), "a positive number", value)
-        unsigned = ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every", "data_workers")
-        for name in (*unsigned, "sample_temperature", "seed"):
+        unsigned = ("warmup_steps", "weight_decay", "grad_clip", "router_aux_loss", "eval_every", "save_every")
+        for name in (*unsigned, "data_workers", "sample_temperature", "seed"):
             value = getattr(self, name)
             require(value is None or 0 <= value < math.inf, flag_of(name), "zero or more", value)
         if self.comparisons == "ranking":

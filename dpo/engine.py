@@ -28,6 +28,8 @@ class StepResult:
     """Per-token log-probs of every bin: what to look at when something is not finite."""
     rewards: list[tuple[tuple[int, ...], Tensor, Tensor]] = field(default_factory=list)
     """Groups (indices in the data), and the rewards [T] of either side of their pairs, in their order."""
+    routers: list[Tensor] = field(default_factory=list)
+    """The load-balancing loss of the step, unweighted and no part of the loss in `sums`; empty where there is none."""
 
 
 def forward_backward(
@@ -39,7 +41,11 @@ def forward_backward(
 
     Args:
         loss_scale: what gradients are multiplied by, for fp16. The loss that is reported is not.
+    Raises:
+        ValueError: experts are to be balanced, and the step is not in the two-phase form.
     """
+    if objective.router_aux_loss and step.bins:
+        raise ValueError("router_aux_loss: expected a step in the two-phase form, found bins that stand alone")
     result = StepResult(PairSums(step.all_bins[0].batch.input_ids.device), [])
     with gathered_once(model):
         for b in step.bins:
@@ -51,6 +57,7 @@ def forward_backward(
             out = coupled_loss(model, step.coupled, ref_logps, objective)
             coupled_backward(model, step.coupled, out, objective, loss_scale)
             _record_coupled(result, step, out)
+            result.routers.extend([] if out.routers is None else [out.routers.loss])
     all_sum(result.sums.sums)
     return result
 

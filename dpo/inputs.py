@@ -30,6 +30,7 @@ from dpo.errors import UserError
 from dpo.load import eos_token_ids, load_model, load_tokenizer
 from dpo.loss import Objective
 from dpo.model import head_of, prepare
+from dpo.router import experts_of
 from dpo.steps import Preferences, StepPlan, build_step
 from dpo.support import length_limit, refuse_data, refuse_dropout
 
@@ -130,6 +131,8 @@ def load_policy(config: InputConfig, path: str | None = None, *, dropout: bool =
     else:
         model = load_network(config, config.model, adapter=config.adapter)
     check_kernels(config, model)
+    if isinstance(config, TrainConfig) and config.router_aux_loss:
+        experts_of(model)
     return Policy(model, tokenizer, resolve_device(config.device))
 
 
@@ -206,6 +209,7 @@ def objective_of(config: InputConfig) -> Objective:
     )
     if isinstance(config, TrainConfig):
         baseline = RunningBaseline(resolve_device(config.device)) if config.running_baseline else None
+        objective = replace(objective, router_aux_loss=config.router_aux_loss)
         return replace(objective, loss=config.loss, options=config.loss_options, baseline=baseline)
     return objective
 
@@ -218,7 +222,8 @@ def plan_of(config: InputConfig, model: Any = None) -> StepPlan:
         drawn = {"pairs_per_step": config.pairs_per_step, "groups_per_step": config.groups_per_step}
         plan = replace(plan, **drawn, seed=config.seed)
     if isinstance(config, TrainConfig):
-        plan = replace(plan, reduction=config.reduction, two_phase=config.two_phase or config.needs_whole_step)
+        two_phase = config.two_phase or config.needs_whole_step or config.router_aux_loss > 0
+        plan = replace(plan, reduction=config.reduction, two_phase=two_phase)
     return plan
 
 

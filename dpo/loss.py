@@ -25,9 +25,10 @@ from torch import Tensor
 
 from dpo.baseline import RunningBaseline
 from dpo.distributed import gathered_rows, rank
-from dpo.model import head_of, trunk
+from dpo.model import head_of, trunk, trunk_and_routers
 from dpo.packing import PackedBatch
 from dpo.parallel import inside, last_of_step
+from dpo.router import Balance, Routed, balance, experts_of, routed
 from dpo.steps import Bin, Coupled
 
 RefLogps = Callable[[Bin], Tensor | None]
@@ -46,6 +47,8 @@ class Objective:
     """Of bco_pair: the mean of all rewards so far."""
     top_k: int | None = None
     """Of rankings, only the first places are choices. None: all."""
+    router_aux_loss: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, in training (`dpo.router`)."""
     autocast: torch.dtype | None = None
     head_plan: str = "auto"
     workspace_bytes: int | None = None
@@ -73,19 +76,27 @@ class Objective:
 
 def token_logps(model: Any, batch: PackedBatch, objective: Objective) -> Tensor:
     """Log-probs [N] of a batch's targets, fp32 (float64 for a float64 model), differentiable."""
-    return _token_stats(model, batch, objective, ()).logps
+    return _forward(model, batch, objective)[0].logps
 
 
-def _token_stats(model: Any, batch: PackedBatch, objective: Objective, stats: tuple[str, ...]) -> TokenStats:
-    def run() -> TokenStats:
-        hidden, head = trunk(model, batch), head_of(model)
+def _forward(
+    model: Any, batch: PackedBatch, objective: Objective, *, stats: tuple[str, ...] = (), routers: bool = False
+) -> tuple[TokenStats, Routed | None]:
+    """Log-probs of a batch, and with `routers` what the routers did."""
+
+    def run() -> tuple[TokenStats, tuple[Tensor, Tensor, Tensor] | None]:
+        hidden, logits = trunk_and_routers(model, batch) if routers else (trunk(model, batch), ())
+        head = head_of(model)
         found = linear_token_logps(
             hidden, head.weight, batch.targets, **head.arguments, stats=stats, **objective.head_options
         )
-        return found if isinstance(found, TokenStats) else TokenStats(found)
+        sums = routed(logits, batch.counted, experts_of(model)) if routers else None
+        held = None if sums is None else (sums.probabilities, sums.choices, sums.tokens)
+        return found if isinstance(found, TokenStats) else TokenStats(found), held
 
     with objective.precision(batch.input_ids.device):
-        return inside(model, run)
+        found, held = inside(model, run)
+    return found, None if held is None else Routed(*held)
 
 
 def bin_loss(model: Any, batch: PackedBatch, ref_logps: Tensor | None, objective: Objective) -> LinearPairLoss:
@@ -175,6 +186,8 @@ class CoupledLoss:
     """Of each bin, [N] float64: dL/dlp_t."""
     generators: tuple[Tensor, ...]
     """The random generator's state before each bin: the second phase draws the same dropout."""
+    routers: Balance | None = None
+    """Where the objective balances experts."""
 
 
 def coupled_loss(
@@ -183,15 +196,20 @@ def coupled_loss(
     """First phase: log-probs of all bins without gradient, then the loss and its gradient for every token.
 
     Args:
-        learn: take the step's rewards into a running baseline.
+        learn: the step trains: its rewards go into a running baseline, and experts are balanced.
     """
+    routers = learn and objective.router_aux_loss > 0
+    stats = ("log_sum_sq",) if objective.call.wpo else ()
+    routes: list[Routed] = []
     held: list[TokenStats] = []
     references: list[Tensor | None] = []
     generators: list[Tensor] = []
     with torch.no_grad():
         for b in coupled.bins:
             generators.append(_generator(b.batch.input_ids.device))
-            held.append(_token_stats(model, b.batch, objective, ("log_sum_sq",) if objective.call.wpo else ()))
+            found, route = _forward(model, b.batch, objective, stats=stats, routers=routers)
+            held.append(found)
+            routes += [] if route is None else [route]
             references.append(ref_logps(b))
     parts = gathered_rows(torch.cat([stats.logps for stats in held]))
     logps = torch.cat(parts).double().requires_grad_()
@@ -205,7 +223,8 @@ def coupled_loss(
     (grads,) = torch.autograd.grad(loss, logps)
     mine = grads.split([part.numel() for part in parts])[rank()].split([stats.logps.numel() for stats in held])
     held_logps = tuple(stats.logps for stats in held)
-    return CoupledLoss(loss.detach(), chosen, rejected, held_logps, mine, tuple(generators))
+    balanced = balance(routes) if routes else None
+    return CoupledLoss(loss.detach(), chosen, rejected, held_logps, mine, tuple(generators), balanced)
 
 
 @dataclass(frozen=True)
@@ -274,8 +293,12 @@ def coupled_backward(
         last_of_step(model, b is coupled.bins[-1])
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
-            logps = token_logps(model, b.batch, objective)
-        logps.backward((g * loss_scale).to(logps.dtype))
+            found, route = _forward(model, b.batch, objective, routers=first.routers is not None)
+        outputs, grads = [found.logps], [(g * loss_scale).to(found.logps.dtype)]
+        if route is not None and first.routers is not None:
+            outputs.append(route.probabilities)
+            grads.append(objective.router_aux_loss * first.routers.gradient * loss_scale)
+        torch.autograd.backward(outputs, grads)
 
 
 def _generator(device: torch.device) -> Tensor:

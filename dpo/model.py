@@ -122,16 +122,29 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def trunk(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Hidden rows that go to the LM head, [N, H] (differentiable). The batch is on the model's device.
 
-    Raises RuntimeError when a layer of the model did not take the packed row's attention, instead of computing wrongly.
+    Raises PackingError when a layer of the model did not take the packed row's attention, instead of computing wrongly.
     """
+    return _hidden_rows(_decode(model, batch), batch)
+
+
+def trunk_and_routers(model: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The same, and the logits of every layer's router over experts, [B * S, E] each (differentiable)."""
+    out = _decode(model, batch, output_router_logits=True)
+    return _hidden_rows(out, batch), out.router_logits
+
+
+def _hidden_rows(out: Any, batch: PackedBatch) -> Tensor:
+    return out.last_hidden_state.flatten(0, 1).index_select(0, batch.logit_rows)
+
+
+def _decode(model: PreTrainedModel, batch: PackedBatch, **more: Any) -> Any:
     refuse_lengths(model, batch)
     if batch.segments is None:
         # no mask: padding is to the right of every token, where a causal model does not look
-        out = decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
-        return out.last_hidden_state.flatten(0, 1).index_select(0, batch.logit_rows)
+        return decoder_of(model)(input_ids=batch.input_ids, use_cache=False, **more)
     batch.segments.cache["calls"] = 0
     out = decoder_of(model)(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, segments=batch.segments
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, segments=batch.segments, **more
     )
     calls, layers = batch.segments.cache["calls"], model.config.get_text_config(decoder=True).num_hidden_layers
     if calls < layers:
@@ -139,7 +152,7 @@ def trunk(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
             f"{type(model).__name__}: {calls} of {layers} layers used the attention {ATTENTION!r}: use --padded (in a "
             "loop of your own: select it with dpo.model.prepare)"
         )
-    return out.last_hidden_state.squeeze(0).index_select(0, batch.logit_rows)
+    return out
 
 
 def refuse_head(model: PreTrainedModel) -> None:

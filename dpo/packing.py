@@ -57,8 +57,9 @@ class PackedBatch:
     completion's tokens adjacent and in order). chosen, rejected: [T] int64 into the completions of this batch.
     pair_weights: [T] float64, or None for equal weights. rankings: [R, K] int64 into the completions, the best first,
     padded with -1, or None; ranking_weights: [R] float64, or None for equal weights. completion_lengths,
-    group_of_completion: [C] int64. rows: the row id of each group, length G. sequence_lengths: the shortest and the
-    longest prompt + completion, in tokens.
+    group_of_completion: [C] int64. counted: [B * S] bool, every token of the groups once: no padding, and of a prompt
+    that is repeated the first copy, or none where another batch holds that. rows: the row id of each group, length G.
+    sequence_lengths: the shortest and the longest prompt + completion, in tokens.
     """
 
     input_ids: Tensor
@@ -72,6 +73,7 @@ class PackedBatch:
     rejected: Tensor
     completion_lengths: Tensor
     group_of_completion: Tensor
+    counted: Tensor
     rows: tuple[int | str, ...]
     sequence_lengths: tuple[int, int]
     layout: Layout
@@ -113,11 +115,14 @@ class PackedBatch:
         return replace(self, **changed)
 
 
-def pack(groups: Sequence[Group], *, layout: Layout = "shared") -> PackedBatch:
+def pack(
+    groups: Sequence[Group], *, layout: Layout = "shared", counted_prompts: Sequence[bool] | None = None
+) -> PackedBatch:
     """Lay groups out as one batch.
 
-    groups: at least one. layout: see `Layout`. Returns a PackedBatch on the CPU. Raises UserError for a group that
-    cannot be laid out: a prompt or a completion with no token, or a pair that names no completion.
+    groups: at least one. layout: see `Layout`. counted_prompts: of each group, whether its prompt is `counted` in this
+    batch; None for all. Returns a PackedBatch on the CPU. Raises UserError for a group that cannot be laid out: a
+    prompt or a completion with no token, or a pair that names no completion.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout: expected one of {get_args(Layout)}, found {layout!r}")
@@ -138,6 +143,7 @@ def pack(groups: Sequence[Group], *, layout: Layout = "shared") -> PackedBatch:
     offsets = np.cumsum(lengths) - lengths
     ids = np.concatenate(pieces)
     positions = ranges(starts, lengths)
+    slots = np.arange(ids.size)
     attention_mask = None
     if layout == "padded":
         row_of_piece = np.arange(lengths.size) // 2
@@ -151,6 +157,11 @@ def pack(groups: Sequence[Group], *, layout: Layout = "shared") -> PackedBatch:
 
     is_completion = np.ones(lengths.size, dtype=bool)
     is_completion[_prompt_pieces(per_group, layout)] = False
+    counts = is_completion.copy()
+    first_prompt = np.arange(len(groups)) + first_completion if layout == "shared" else 2 * first_completion
+    counts[first_prompt] = True if counted_prompts is None else counted_prompts
+    counted = np.zeros(ids.size, dtype=bool)
+    counted[slots] = np.repeat(counts, lengths)
     prompt_piece = np.maximum.accumulate(np.where(is_completion, 0, np.arange(lengths.size)))[is_completion]
     last_prompt_row = offsets[prompt_piece] + lengths[prompt_piece] - 1
     logit_rows = ranges(offsets[is_completion] - 1, completion_lengths)
@@ -174,6 +185,7 @@ def pack(groups: Sequence[Group], *, layout: Layout = "shared") -> PackedBatch:
         rejected=torch.from_numpy(pair_array[:, 1].copy()),
         completion_lengths=torch.from_numpy(completion_lengths),
         group_of_completion=torch.from_numpy(np.repeat(np.arange(len(groups)), per_group)),
+        counted=torch.from_numpy(counted),
         rows=tuple(group.row for group in groups),
         sequence_lengths=(int(sequence_lengths.min()), int(sequence_lengths.max())),
         layout=layout,

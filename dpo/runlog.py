@@ -59,8 +59,8 @@ class RunLog:
         # host sync: the only one of a step, and it waits for the step before the one that runs
         means = result.sums.read()
         scale = update.overflow if update.loss_scale is None else update.loss_scale
-        numbers = (update.grad_norm, update.skipped, update.overflow, scale)
-        norm, skipped, overflow, scale = torch.stack([number.double() for number in numbers]).tolist()
+        numbers = (update.grad_norm, update.skipped, update.overflow, scale, *result.routers)
+        norm, skipped, overflow, scale, *routers = torch.stack([number.double() for number in numbers]).tolist()
         seconds = host["step_seconds"]
         record = {"step": step.index, "epoch": step.epoch, **means, "grad_norm": norm, **host} | {
             "pairs_per_second": step.num_pairs / seconds,
@@ -72,6 +72,8 @@ class RunLog:
         }
         if update.loss_scale is not None:
             record["loss_scale"] = scale
+        if routers:
+            record["router_aux_loss"] = routers[0]
         with writing(self.run):
             self.metrics.write(record)
         bar.advance(pairs=step.num_pairs, tokens=step.num_tokens, info=brief(record))

@@ -256,8 +256,14 @@ def _pack_alike(parts: Sequence[_Part], groups: Sequence[int], plan: StepPlan) -
 
 
 def _bin(parts: Sequence[_Part], groups: Sequence[int], layout: Layout) -> Bin:
+    batch = pack(
+        [part.group for part in parts] or [_DUMMY],
+        layout=layout,
+        # the dummy's tokens are nobody's; a prompt counts where the group's first completion is
+        counted_prompts=[0 in part.completions for part in parts] or None,
+    )
     return Bin(
-        batch=pack([part.group for part in parts] or [_DUMMY], layout=layout),
+        batch=batch if parts else replace(batch, counted=torch.zeros_like(batch.counted)),
         members=tuple((groups[part.position], part.completions) for part in parts),
         completions=torch.empty(0, dtype=torch.int64),
     )

@@ -30,7 +30,7 @@ from dpo.reference import AdapterOffReference, CachedReference, OnlineReference
 from dpo.steps import StepPlan, build_step, eval_steps
 from dpo.train import enable_checkpointing
 from tests.ranks import updates
-from tests.train.toy import random_groups, toy_config
+from tests.train.toy import random_groups, toy_config, toy_mixture
 
 CPU = torch.device("cpu")
 OBJECTIVE = Objective(beta=0.3)
@@ -50,6 +50,12 @@ class Case:
     lora: str | None = None
     """The modules that get an adapter; the reference is then the model without it."""
     ema: bool = False
+    router: float = 0.0
+    """Weight of the load-balancing loss: the model is then a mixture of experts."""
+
+    @property
+    def objective(self) -> Objective:
+        return replace(OBJECTIVE, router_aux_loss=self.router)
 
 
 _BASE = StepPlan(token_budget=10_000)
@@ -69,6 +75,9 @@ CASES = {
         plan=replace(_BASE, token_budget=45), lora="q_proj,embed_tokens,lm_head", checkpointing=True
     ),
     "ddp-lora": Case("ddp", replace(_BASE, token_budget=120, two_phase=True), lora="v_proj,lm_head"),
+    "ddp-router": Case("ddp", replace(_BASE, token_budget=45, two_phase=True), router=5.0),
+    "fsdp-router": Case(plan=replace(_BASE, token_budget=45, two_phase=True), checkpointing=True, router=5.0),
+    "fsdp-empty-router": Case(plan=replace(_BASE, two_phase=True), groups=1, router=5.0),
 }
 
 
@@ -91,10 +100,12 @@ def counting_root() -> Iterator[dict[str, int]]:
         yield counts
 
 
-def _model(seed: int, layout: Any, tied: bool) -> LlamaForCausalLM:
+def _model(seed: int, case: Case) -> Any:
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(toy_config(tie_word_embeddings=tied)).double()
-    prepare(model, layout)
+    make = toy_mixture if case.router else lambda seed, **sizes: LlamaForCausalLM(toy_config(**sizes))
+    model = make(seed, tie_word_embeddings=case.tied).double()
+    model.config._experts_implementation = "eager"  # grouped products know no float64
+    prepare(model, case.plan.layout)
     return model
 
 
@@ -116,7 +127,7 @@ def _whole(tensor: Tensor) -> Tensor:
 def run_case(case: Case) -> dict[str, Any]:
     """Two steps with an update in between, and an evaluation, on however many ranks there are."""
     groups = random_groups(case.groups)
-    model, reference = _model(0, case.plan.layout, case.tied), _model(1, case.plan.layout, case.tied)
+    model, reference, objective = _model(0, case), _model(1, case), case.objective
     reference.requires_grad_(False)
     if case.lora is not None:
         add_lora(model, case.lora)
@@ -140,7 +151,7 @@ def run_case(case: Case) -> dict[str, Any]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(case.optimizer, trained, lr=1e-2)
     with counting_root() as root:
-        first = forward_backward(model, step, ref_logps, OBJECTIVE)
+        first = forward_backward(model, step, ref_logps, objective)
     grads = torch.cat([_whole(p.grad) for p in model.parameters() if p.grad is not None])
     average = Average(trained, Weights(trained), decay=0.5)
     update = apply_update(optimizer, first.sums.loss, grad_clip=0.1)
@@ -150,17 +161,18 @@ def run_case(case: Case) -> dict[str, Any]:
     if case.ema:
         with average.applied():
             assert not torch.equal(torch.cat([_whole(p) for p in trained]), weights)
-            averaged = evaluate(model, eval_steps(groups, plan), ref_logps, OBJECTIVE, CPU)
+            averaged = evaluate(model, eval_steps(groups, plan), ref_logps, objective, CPU)
         assert torch.equal(torch.cat([_whole(p) for p in trained]), weights)
-    second = forward_backward(model, step, ref_logps, OBJECTIVE)
+    second = forward_backward(model, step, ref_logps, objective)
     return {
+        "routers": first.routers,
         "root": root,
         "sums": first.sums.sums,
         "grads": grads,
         "grad_norm": update.grad_norm,
         "weights": weights,
         "second_sums": second.sums.sums,
-        "evaluation": evaluate(model, eval_steps(groups, plan, groups_per_chunk=4), ref_logps, OBJECTIVE, CPU),
+        "evaluation": evaluate(model, eval_steps(groups, plan, groups_per_chunk=4), ref_logps, objective, CPU),
         "averaged": averaged,
         "bins": distributed.gathered(len(step.all_bins)),
         "empty": distributed.gathered(sum(not b.members for b in step.all_bins)),

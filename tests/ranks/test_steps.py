@@ -33,6 +33,9 @@ def three(tmp_path_factory):
 
 def _agrees(many, name: str) -> None:
     one = run_case(CASES[name])
+    assert len(many["routers"]) == len(one["routers"]) == bool(CASES[name].router)
+    for ours, theirs in zip(many["routers"], one["routers"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=LOGP_BOUND, atol=LOGP_BOUND)
     for key in ("sums", "second_sums"):
         torch.testing.assert_close(many[key], one[key], rtol=LOGP_BOUND, atol=LOGP_BOUND, msg=key)
     assert many["evaluation"] == pytest.approx(one["evaluation"], rel=LOGP_BOUND, abs=LOGP_BOUND)

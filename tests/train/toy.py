@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from dpo.packing import Group
 
@@ -42,6 +42,16 @@ def toy_config(vocabulary: int = 258, **overrides: Any) -> LlamaConfig:
         "initializer_range": 0.2,
     }
     return LlamaConfig(**settings | overrides)
+
+
+def toy_mixture(seed: int = 0, **overrides: Any) -> MixtralForCausalLM:
+    """The same with four experts a layer, of which a token takes two."""
+    llama = toy_config(**overrides)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "bos_token_id", "eos_token_id", "initializer_range", "tie_word_embeddings")
+    torch.manual_seed(seed)
+    sizes = {name: getattr(llama, name) for name in names}
+    return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2))
 
 
 def write_pairs(path: Path, count: int = 24, seed: int = 0) -> Path:
