@@ -6,14 +6,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo.cli import Command
+from dpo.cli import COMMANDS
 from dpo.config import flag_of
 from tests.train.toy import write_model
 
@@ -130,8 +130,7 @@ def test_links_and_pictures_exist(path):
 
 def known_flags() -> set[str]:
     """Every flag of `dpo`, both ways, and those of the benchmarks' commands."""
-    configs = [get_args(command)[0] for command in get_args(Command)]
-    fields = {field.name for config in configs for field in dataclasses.fields(config)}
+    fields = {field.name for config in COMMANDS.values() for field in dataclasses.fields(config)}
     found = {"--help", "--version"} | {flag_of(name) for name in fields} | {flag_of(f"no_{name}") for name in fields}
     for path in (ROOT / "bench").rglob("*.py"):
         source = path.read_text()
