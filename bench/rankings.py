@@ -68,7 +68,7 @@ class Settings:
     groups_per_step: int = 16
     beta: float = 0.5
     warmup_steps: int = 10
-    lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+    lrs: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
 FULL = Settings()
