@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
@@ -193,6 +193,10 @@ def test_no_boundary_where_a_token_reaches_into_a_character() -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(make=tokenizers, shared=texts, a=texts, b=texts)
+# here a token of one text reaches over what is a boundary of the other
+@example(make=tiny.metaspace, shared="x\n", a="a", b="\nHuman")
+@example(make=tiny.metaspace, shared="x\n", a="\nHuman", b="a")
+@example(make=tiny.llama2, shared="(", a="x", b="brackets")
 def test_cut_splits_no_token_of_either_text(make: Any, shared: str, a: str, b: str) -> None:
     a, b = shared + a, shared + b
     if a == b or not a or not b:
