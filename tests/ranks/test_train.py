@@ -207,14 +207,22 @@ def test_a_run_with_more_than_weights_resumes_on_one_process_and_back(toy, many,
 
 @pytest.mark.slow
 def test_an_sft_adapter_and_its_frozen_copy_are_sharded(toy, tmp_path):
-    """The first margin is 0, as on one process: the reference is the copy, not the base."""
-    main(words(toy, tmp_path / "sft" / "run", "--lora-r", "4", "--lora-targets", "q_proj,lm_head", "--lr", "1e-2"))
+    """The first margin is 0, as on one process: the reference is the copy, not the base. A copy of the head trains
+    beside the adapter."""
+    settings = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    (tmp_path / "lora.json").write_text(json.dumps(settings))
+    main(words(toy, tmp_path / "sft" / "run", "--lora-config", str(tmp_path / "lora.json"), "--lr", "1e-2"))
     adapter = ("--adapter", str(tmp_path / "sft" / "run" / "model"), "--reference", "adapter-off", "--dtype", "bf16")
     main(words(toy, tmp_path / "one" / "run", *adapter))
     on(2, toy, tmp_path / "two" / "run", *adapter, "--parallel", "fsdp")
     ours, theirs = (read_json_lines(tmp_path / name / "run" / "metrics.jsonl") for name in ("two", "one"))
     assert ours[0]["margin"] == theirs[0]["margin"] == 0.0
     assert abs(theirs[-1]["margin"]) > 1e-3
+    held, other = (load_file(tmp_path / n / "run" / "model" / "adapter_model.safetensors") for n in ("two", "one"))
+    assert any("lm_head" in name for name in held)
+    for name, tensor in other.items():
+        assert (held.pop(name) - tensor).abs().max() < 0.02
+    assert not held
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=3e-3)
 
