@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from dpo_kernels import linear_token_logps, token_logps
+from dpo_kernels import dpo_loss_from_logits, linear_token_logps, token_logps
 from torch import Tensor
 
 from bench.gpu_checks import FULL, TINY, run_checks
@@ -87,9 +87,15 @@ def eager_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def logits_sides(compile_peer: bool) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Log-probs from logits: ours and whoever is installed."""
+def logits_sides(compile_peer: bool, rows: int, device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Log-probs from logits, ours also to the loss of four pairs: ours and whoever is installed."""
+    completion_ids, index = torch.arange(rows, device=device) * 8 // rows, torch.arange(8, device=device).view(2, 4)
+
+    def to_the_loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return dpo_loss_from_logits(logits, targets, completion_ids, None, *index, num_completions=8).loss
+
     sides: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ours": token_logps, "eager": eager_logps}
+    sides["ours, to the loss"] = to_the_loss
     if compile_peer:
         sides["torch.compile"] = torch.compile(eager_logps)
     try:
@@ -110,6 +116,7 @@ def head_sides(quick: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tens
     sides["eager"] = lambda h, w, t: eager_logps(h @ w.T, t).sum()
     if quick:
         return sides
+    sides["torch.compile"] = torch.compile(lambda h, w, t: eager_logps(h @ w.T, t).sum())
     try:
         from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
@@ -145,7 +152,7 @@ def logits_speed(device: str, rows: int, vocabulary: int, repeats: int, bandwidt
     logits = torch.randn(rows, vocabulary, device=device).to(torch.bfloat16).requires_grad_()
     targets = torch.randint(0, vocabulary, (rows,), device=device)
     size, found = rows * vocabulary * 2, {}
-    for name, function in logits_sides(compiled).items():
+    for name, function in logits_sides(compiled, rows, device).items():
         with torch.no_grad():
             forward = measure(lambda f=function: f(logits, targets), device, repeats)
         both = measure(lambda f=function: forward_backward(f, (logits,), targets), device, repeats)

@@ -29,7 +29,7 @@ def test_the_script_end_to_end(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["failed"] == []
     assert all(check["ok"] for check in report["checks"])
-    assert {"ours", "eager"} <= set(report["logits"][0]["sides"])
+    assert {"ours", "ours, to the loss", "eager"} <= set(report["logits"][0]["sides"])
     assert {"ours retain", "ours recompute", "eager"} <= set(report["head"][0]["sides"])
 
 

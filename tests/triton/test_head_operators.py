@@ -140,7 +140,7 @@ def test_compiled_frozen_head_and_statistics():
 @pytest.mark.parametrize(
     ("per", "options"),
     [
-        ("token", {"ld_alpha": 0.5, "loss": "sigmoid:1,sft:0.1"}),
+        pytest.param("token", {"ld_alpha": 0.5, "loss": "sigmoid:1,sft:0.1"}, marks=pytest.mark.slow),
         ("completion", {"loss": "ipo", "reduction": "none", "wpo": True}),
         pytest.param("token", {"loss": "aot"}, marks=pytest.mark.slow),
         pytest.param("none", {"loss": "simpo", "gamma": 0.3}, marks=pytest.mark.slow),
