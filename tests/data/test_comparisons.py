@@ -100,6 +100,8 @@ def test_pairs_that_a_ranking_decides() -> None:
     assert orders == [[1, 3, 0, 4, 2], [3, 1, 0, 4, 2]]
     assert decided_pairs(pairs, orders, None) == pairs
     assert {pair[0] for pair in decided_pairs(pairs, orders, 1)} == {1, 3}
+    assert {pair[0] for pair in decided_pairs(pairs, orders, 2)} == {1, 3}
+    assert {pair[0] for pair in decided_pairs(pairs, orders, 3)} == {1, 3, 0}
 
 
 # --- Through the loader -----------------------------------------------------------------------------------------------
