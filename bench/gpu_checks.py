@@ -21,6 +21,8 @@ from dpo_kernels import (
 )
 from torch import Tensor
 
+from dpo.selftest import Check
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -35,19 +37,6 @@ class Sizes:
 FULL = Sizes(333, (7, 127, 128, 1000, 32000, 50257, 128256, 151936, 262144), (1000, 512, 32001))
 TINY = Sizes(5, (7, 130), (6, 16, 70))
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison: the error found and the most allowed."""
-
-    name: str
-    error: float
-    allowed: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.allowed
 
 
 def _logits(rows: int, vocabulary: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,21 +14,14 @@ from dpo.model import prepare
 from dpo.reference import CachedReference, OnlineReference
 from dpo.steps import StepPlan, build_step
 from dpo.train import enable_checkpointing
-from tests.train.toy import random_groups, toy_config
+from tests.train.toy import GRAD_BOUND, LOGP_BOUND, float64_model, random_groups
 
 CPU = torch.device("cpu")
 BASE = StepPlan(token_budget=10_000)
-# stock Transformers modules drop to fp32 inside (RMSNorm, rotary tables): bounds measured, see the design of the step
-LOGP_BOUND, GRAD_BOUND = 1e-8, 1e-6
-
-
-def _model(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(toy_config()).double()
 
 
 def _run(plan: StepPlan, *, cached: bool = False, checkpointing: bool = False):
-    model, reference = _model(0), _model(1)
+    model, reference = float64_model(0), float64_model(1)
     for network in (model, reference):
         prepare(network, plan.layout)
     if checkpointing:
@@ -85,7 +78,7 @@ def test_reduction_prompts_changes_the_loss_and_is_invariant_too():
 
 def test_the_loss_is_the_papers_formula(base):
     """Eq. 7, computed pair by pair from plain forwards, one sequence at a time."""
-    model, reference = _model(0), _model(1)
+    model, reference = float64_model(0), float64_model(1)
 
     def logp(network: LlamaForCausalLM, prompt: list[int], completion: list[int]) -> torch.Tensor:
         with torch.no_grad():

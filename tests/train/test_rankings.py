@@ -24,17 +24,18 @@ from dpo.model import prepare
 from dpo.packing import Group
 from dpo.reference import OnlineReference
 from dpo.steps import StepPlan, build_step, eval_steps
-from tests.train.toy import Groups, random_groups, toy_config, write_model, write_pairs
+from tests.train.toy import (
+    GRAD_BOUND,
+    LOGP_BOUND,
+    Groups,
+    float64_model,
+    random_groups,
+    write_model,
+    write_pairs,
+)
 
 CPU = torch.device("cpu")
 BASE = StepPlan(token_budget=10_000)
-# stock Transformers modules drop to fp32 inside: bounds measured, see the design of the step
-LOGP_BOUND, GRAD_BOUND = 1e-8, 1e-6
-
-
-def _model(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(toy_config()).double()
 
 
 def ranked_groups(count: int = 9, ties: bool = True) -> Groups:
@@ -55,7 +56,7 @@ def run(
     objective: Objective = Objective(beta=0.3),  # noqa: B008
 ) -> tuple[dict[str, float], torch.Tensor, dict[str, float]]:
     """Metrics, gradient, and the metrics without gradient of one step over all groups."""
-    model, reference = _model(0), _model(1)
+    model, reference = float64_model(0), float64_model(1)
     for network in (model, reference):
         prepare(network, plan.layout)
     ref_logps = OnlineReference(reference, objective)
@@ -67,7 +68,7 @@ def run(
 
 def rewards_of(groups: Groups, beta: float) -> tuple[list[torch.Tensor], LlamaForCausalLM]:
     """Rewards of every group's completions from plain forwards, with gradients for the returned policy."""
-    model, reference = _model(0), _model(1)
+    model, reference = float64_model(0), float64_model(1)
 
     def logp(network: LlamaForCausalLM, prompt: list[int], completion: list[int]) -> torch.Tensor:
         logits = network(torch.tensor([[*prompt, *completion]])).logits[0].double()
@@ -150,7 +151,7 @@ def test_rankings_of_two_are_pairs() -> None:
 
 def test_evaluation_in_chunks_is_the_mean_over_all_rankings() -> None:
     groups, objective = ranked_groups(), Objective(beta=0.3)
-    model, reference = _model(0), _model(1)
+    model, reference = float64_model(0), float64_model(1)
     for network in (model, reference):
         prepare(network, "shared")
     whole, chunks = (

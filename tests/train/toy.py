@@ -29,6 +29,16 @@ def write_model(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     return folder
 
 
+LOGP_BOUND, GRAD_BOUND = 1e-8, 1e-6
+"""Measured for stock modules of Transformers in float64, which drop to fp32 inside (RMSNorm, rotary tables)."""
+
+
+def float64_model(seed: int) -> LlamaForCausalLM:
+    """The toy model, random, in float64."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(toy_config()).double()
+
+
 def toy_config(vocabulary: int = 258, **overrides: Any) -> LlamaConfig:
     settings = {
         "vocab_size": vocabulary,
