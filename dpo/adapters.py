@@ -128,17 +128,18 @@ def config_from_file(path: str, flag: str) -> Any:
         raise UserError(f"{flag} {path}: {' '.join(str(error).split())}") from error
 
 
-def add_adapter(model: Any, config: Any, base: str, flag: str) -> None:
+def add_adapter(model: Any, config: Any, base: str, flag: str, *, on_meta: bool = False) -> None:
     """Puts a new adapter on a model, in place: its product is 0 until it has trained, everything else is frozen.
 
     Args:
         base: what loads the base model, for the adapter's own record.
+        on_meta: its tensors have shapes only.
     Raises:
         UserError: the configuration names modules that are not there, or something that is not supported.
     """
     _check(config, flag)
     _check_targets(model, config, flag)
-    _wrap(model, config, base, flag)
+    _wrap(model, config, base, flag, on_meta=on_meta)
     _check_head(model, config, flag)
 
 
@@ -245,12 +246,12 @@ def _peft(flag: str) -> Any:
         raise UserError(f"{flag}: needs the package peft: pip install 'fused-dpo[lora]'") from error
 
 
-def _wrap(model: Any, config: Any, base: str, flag: str) -> Any:
+def _wrap(model: Any, config: Any, base: str, flag: str, *, on_meta: bool = False) -> Any:
     with warnings.catch_warnings():
         # of tied weights, which `merge` parts
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         try:
-            wrapper = _peft(flag).get_peft_model(model, config, adapter_name=TRAINED)
+            wrapper = _peft(flag).get_peft_model(model, config, adapter_name=TRAINED, low_cpu_mem_usage=on_meta)
         except (ValueError, TypeError) as error:
             raise UserError(f"{flag}: {' '.join(str(error).split())[:300]}") from error
     local = Path(base)

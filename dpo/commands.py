@@ -65,12 +65,24 @@ class PlanConfig:
     """How many of a bin's tokens belong to completions, and reach the LM head."""
     bins: int = 2
     """Bins in a step of a rank. With one, gradients and activations are never whole at the same time."""
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic, as of dpo train; parameters, gradients and optimizer are fp32."""
-    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
-    """As of dpo train."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic, as of dpo train."""
+    param_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How parameters are stored, as of dpo train."""
+    bf16_update: Literal["master", "random"] | None = None
+    """Of --param-dtype bf16, as of dpo train. None: master."""
+    optimizer: Literal["rmsprop", "adamw", "adam", "adagrad", "sgd"] = "rmsprop"
+    """As of dpo train: those that need no memory of their own beside their states."""
+    ema: float | None = None
+    """As of dpo train. The average is held in fp32."""
     reference: Literal["cached", "online"] = "cached"
-    """As of dpo train. online holds a second model."""
+    """As of dpo train. online holds a second model; with LoRA adapter-off takes what cached does."""
+    lora_r: int | None = None
+    """As of dpo train."""
+    lora_targets: str = "all-linear"
+    """As of dpo train."""
+    load_in_4bit: bool = False
+    """As of dpo train."""
     gradient_checkpointing: bool = False
     """As of dpo train."""
     head_workspace_mb: int | None = None
@@ -89,10 +101,23 @@ class PlanConfig:
     """Run configuration code that comes with the checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "bins", "ranks", "memory_gib", "head_workspace_mb"):
+        for name in ("token_budget", "bins", "ranks", "memory_gib", "head_workspace_mb", "lora_r"):
             value = getattr(self, name)
             require(value is None or value > 0, flag_of(name), "a positive number", value)
         require(0 < self.completion_share <= 1, "--completion-share", "0 < value <= 1", self.completion_share)
+        require(self.ema is None or 0 < self.ema < 1, "--ema", "0 < value < 1", self.ema)
+        narrow, lora = self.param_dtype == "bf16", self.lora_r is not None
+        require(not narrow or self.dtype == "bf16", "--param-dtype bf16", "--dtype bf16 beside it", self.dtype)
+        require(narrow or not self.bf16_update, "--bf16-update", "--param-dtype bf16 beside it", self.param_dtype)
+        require(lora or self.lora_targets == "all-linear", "--lora-targets", "--lora-r beside it", "none")
+        require(lora or not self.load_in_4bit, "--load-in-4bit", "--lora-r beside it", "none")
+        cuda = self.device == "cuda"
+        require(cuda or not self.load_in_4bit, "--load-in-4bit", "a CUDA device", self.device)
+        require(self.ranks == 1 or not self.load_in_4bit, "--load-in-4bit", "one process", f"--ranks {self.ranks}")
+        wanted = f"--parallel {self.parallel}"
+        require(self.ranks > 1 or self.parallel == "auto", wanted, "more than one of --ranks", self.ranks)
+        whole = narrow and not lora and self.parallel == "ddp"
+        require(not whole, "--param-dtype bf16", "--parallel fsdp (or one process)", "ddp")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         out = product_nt(x.flatten(0, -2), weight)
         if bias is not None:
             out += bias
@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        grad_x = product_nt(rows, weight.t()).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_x = product_nt(rows, weight.t()).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
         grad_weight = product_nt(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 

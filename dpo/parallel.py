@@ -166,8 +166,13 @@ def choose(wanted: Literal["auto", "fsdp", "ddp"], model: nn.Module, device: tor
     """Replicas where parameters, gradients and two optimizer states take little of a rank's memory."""
     if wanted != "auto":
         return wanted
+    return choose_for(model, memory_of_a_rank(device))
+
+
+def choose_for(model: nn.Module, memory: float) -> How:
+    """`auto` for ranks of `memory` bytes each."""
     state = sum(4 * p.numel() * p.element_size() if p.requires_grad else p.nbytes for p in model.parameters())
-    return "ddp" if state <= REPLICATED_SHARE * memory_of_a_rank(device) else "fsdp"
+    return "ddp" if state <= REPLICATED_SHARE * memory else "fsdp"
 
 
 def memory_of_a_rank(device: torch.device) -> int:

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,14 @@ import torch
 from dpo_kernels.plans import choose_plan
 from transformers import AutoConfig, LlamaConfig
 
+from dpo.adapters import factors, head_parts
 from dpo.commands import PlanConfig
 from dpo.console import console, table
 from dpo.errors import UserError
-from dpo.parallel import REPLICATED_SHARE, blocks_of
-from dpo.plan_trace import count_saved, fake_model, quiet
+from dpo.inputs import AUTOCAST
+from dpo.parallel import blocks_of, choose_for
+from dpo.plan_trace import add_fake_adapter, count_saved, fake_model, quiet
+from dpo.reference import linear_layers
 
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
@@ -35,7 +42,19 @@ SHAPES = {
 """Llamas of the usual sizes, which `--model` takes by these names."""
 
 _TRACED_BLOCKS = 8
-_STATES = {"rmsprop": 1, "adamw": 2}
+_STATES = {"rmsprop": 1, "adamw": 2, "adam": 2, "adagrad": 1, "sgd": 0}
+"""Values an optimizer keeps of every parameter."""
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in 4 bits: itself, its block's scale in 8 bits, and that one's own (QLoRA, Dettmers et al. 2023)."""
+
+_ROUNDED_AT_ONCE = 1 << 26
+"""Parameters that --bf16-update random holds in fp32 at a time."""
+
+HEAP_GAPS = 0.5
+"""What glibc 2.36's heap loses to fragmentation at the peak of steps on the CPU, of what tensors hold then: measured
+0.5 to 0.6 in fp32. Tensors are aligned to 64 bytes: what alignment cuts off a freed block becomes a place for small
+objects, and the next tensor of that size does not fit between them any more."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +62,31 @@ class MemoryPlan:
     """Bytes on one rank, by what they hold, at the moment of the step when they are most together."""
 
     parameters: int
+    """Weights as they are stored, those that do not train among them."""
     gradients: int
     optimizer: int
+    """Its states."""
+    masters: int
+    """fp32 weights behind bf16 parameters, and the average of --ema."""
     reference: int
     gathered: int
     """FSDP: embedding and LM head whole with their gradient, and the blocks at work."""
     copies: int
-    """bf16 autocast: copies of the weights that it casts."""
+    """bf16 or fp16 copies of the weights: autocast's, or those of weights in 4 bits."""
     activations: int
     head: int
     """Of the LM head: hidden rows, kept logits, the tile at work, and the weight's gradient before it is added."""
     backward: int
     """Gradients of the activations of the block at work."""
+    live: int
+    """The most that tensors hold at any moment: less than the sum of the above where these are not there together. What
+    `torch.cuda.max_memory_allocated` counts."""
     runtime: int
     """Python and its libraries (CPU only; on a GPU, CUDA's context of about 0.5 GiB comes on top)."""
+    gaps: int
+    """CPU only: freed memory that glibc's heap keeps and cannot reuse, see `HEAP_GAPS`."""
     peak: int
-    """The most at any moment: less than the sum of the above where these are not there together."""
+    """Of the process: live, runtime and gaps."""
     parallel: str
     """none, ddp or fsdp."""
     total_parameters: int
@@ -66,14 +94,25 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the model's configuration says, in numbers of parameters and in bytes for S tokens."""
+    """What the model's own code says, in numbers of parameters and in bytes for S tokens."""
 
     total: int
+    trained: int
+    stored: int
+    """Bytes of all weights."""
+    reference: int
+    """Bytes of the weights of a second model, frozen."""
     root: int
+    """Bytes of the weights outside the blocks."""
     block: int
-    matrices: int
-    vocabulary: int
-    hidden: int
+    """Parameters of the largest block, and those of them that train."""
+    block_trained: int
+    largest: int
+    """Parameters of the largest weight that trains."""
+    head: tuple[int, int]
+    """V, H."""
+    head_dtype: torch.dtype
+    head_trains: bool
     kept: int
     inputs: int
     block_kept: int
@@ -81,123 +120,187 @@ class _Sizes:
     widest: int
     copies: int
     block_copies: int
+    how: str
+    """none, ddp or fsdp."""
 
 
 def plan_memory(config: PlanConfig) -> MemoryPlan:
     """Sizes a run. Raises UserError where the model's configuration cannot be read or traced."""
     sizes = _sizes(config)
-    memory = config.memory_gib * 2**30
-    how = "none"
-    if config.ranks > 1:
-        states = (2 + _STATES[config.optimizer]) * 4 * sizes.total
-        how = config.parallel
-        if how == "auto":
-            how = "ddp" if states <= REPLICATED_SHARE * memory else "fsdp"
-    shards = config.ranks if how == "fsdp" else 1
-    compute = 2 if config.dtype == "bf16" else 4
+    shards = config.ranks if sizes.how == "fsdp" else 1
 
     def share(values: int) -> int:
         return -(-values // shards)
 
-    parameters = share(4 * sizes.total)
-    reference = 0
-    if config.reference == "online":
-        narrow = sizes.matrices if config.dtype == "bf16" and how != "fsdp" else 0
-        reference = share(4 * sizes.total - 2 * narrow)
-    gathered = 0
-    if how == "fsdp":
-        # whole: the root and its gradient; the block at work and the next; a block's gradient, and widened for the sum
-        gathered = 8 * sizes.root + (2 + 1) * compute * sizes.block + 4 * sizes.block
-    copies, block_copies = (0, 0) if how == "fsdp" else (sizes.copies, sizes.block_copies)
-    activations = sizes.kept + sizes.outside
-    if config.gradient_checkpointing:
-        activations = sizes.inputs + sizes.outside
-    backward = 3 * sizes.widest + 8 * config.token_budget * sizes.hidden
+    states = share(_STATES[config.optimizer] * 4 * sizes.trained)
+    always = {
+        "parameters": share(sizes.stored),
+        "optimizer": states,
+        "masters": share(_masters(config) * sizes.trained),
+        "reference": share(sizes.reference) if config.reference == "online" else 0,
+        "gathered": _gathered(config, sizes) if sizes.how == "fsdp" else 0,
+    }
+    gradients = share(4 * sizes.trained)
+    copies, block_copies = (0, 0) if sizes.how == "fsdp" else (sizes.copies, sizes.block_copies)
+    activations = sizes.outside + (sizes.inputs if config.gradient_checkpointing else sizes.kept)
+    backward = 3 * sizes.widest + 8 * config.token_budget * sizes.head[1]
     if config.gradient_checkpointing:
         backward += sizes.block_kept + block_copies
     head, head_gradient = _head(config, sizes)
-    gradients, optimizer = share(4 * sizes.total), share(_STATES[config.optimizer] * 4 * sizes.total)
-    runtime = _resident() if config.device == "cpu" else 0
-
-    always = parameters + optimizer + reference + gathered + runtime
-    before = gradients if config.bins > 1 else 0
+    # buckets of DDP are there from the start
+    before = gradients if config.bins > 1 or sizes.how == "ddp" else 0
     in_backward = 0 if config.gradient_checkpointing else copies
     moments = (
         before + activations + copies + head + head_gradient,
         before + activations + in_backward + head_gradient + backward,
-        gradients + 4 * sizes.vocabulary * sizes.hidden,
+        gradients + (head_gradient if config.bins > 1 else 0),
+        gradients + _update(config, sizes),
     )
+    live = sum(always.values()) + max(moments)
+    runtime = resident_runtime() if config.device == "cpu" else 0
+    gaps = round(HEAP_GAPS * live) if config.device == "cpu" and platform.libc_ver()[0] == "glibc" else 0
     return MemoryPlan(
-        parameters=parameters,
+        **always,
         gradients=gradients,
-        optimizer=optimizer,
-        reference=reference,
-        gathered=gathered,
         copies=copies,
         activations=activations,
         head=head + head_gradient,
         backward=backward,
+        live=live,
         runtime=runtime,
-        peak=always + max(moments),
-        parallel=how,
+        gaps=gaps,
+        peak=live + runtime + gaps,
+        parallel=sizes.how,
         total_parameters=sizes.total,
     )
+
+
+def _compute(config: PlanConfig) -> torch.dtype:
+    return AUTOCAST[config.dtype] or torch.float32
+
+
+def _masters(config: PlanConfig) -> int:
+    """Bytes for every parameter that trains."""
+    master = config.param_dtype == "bf16" and config.lora_r is None and config.bf16_update != "random"
+    return 4 * master + 4 * (config.ema is not None)
+
+
+def _gathered(config: PlanConfig, sizes: _Sizes) -> int:
+    """FSDP: the root and its gradient; the block at work and the next; a block's gradient, and widened for the sum."""
+    compute = _compute(config).itemsize
+    root = 2 * sizes.root if sizes.head_trains else sizes.root
+    return root + 2 * compute * sizes.block + (compute + 4) * sizes.block_trained
+
+
+def _update(config: PlanConfig, sizes: _Sizes) -> int:
+    """What rounding at random takes beside the gradients: a part of the weights in fp32, and random numbers for one."""
+    if config.bf16_update != "random":
+        return 0
+    return 4 * min(sizes.trained, _ROUNDED_AT_ONCE + sizes.largest) + 16 * sizes.largest
 
 
 def _head(config: PlanConfig, sizes: _Sizes) -> tuple[int, int]:
     """Bytes of rows, kept tiles and the tile at work; and of the weight's gradient of one bin."""
     rows = max(1, round(config.token_budget * config.completion_share))
-    compute = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    workspace = None if config.head_workspace_mb is None else config.head_workspace_mb << 20
+    vocabulary, hidden = sizes.head
+    compute = AUTOCAST[config.dtype] or sizes.head_dtype
+    reuse = sizes.head_trains and config.device == "cpu"
     plan = choose_plan(
         rows,
-        sizes.vocabulary,
-        sizes.hidden,
+        vocabulary,
+        hidden,
         compute,
-        True,
-        workspace,
-        weight_grad_dtype=torch.float32 if compute == torch.float32 else None,
+        sizes.head_trains,
+        None if config.head_workspace_mb is None else config.head_workspace_mb << 20,
+        weight_grad_dtype=sizes.head_dtype if reuse else None,
+        kept_dtype=torch.float32 if config.device == "cuda" else None,
         device=config.device,
     )
     # hidden rows, rounded for the products; and the gradients of both
-    moved = rows * sizes.hidden * (8 + 2 * (compute.itemsize if compute != torch.float32 else 0))
-    return moved + plan.workspace_bytes + plan.tile_bytes, 4 * sizes.vocabulary * sizes.hidden
+    moved = rows * hidden * (8 + 2 * (compute.itemsize if compute != torch.float32 else 0))
+    gradient = vocabulary * hidden * sizes.head_dtype.itemsize if sizes.head_trains else 0
+    return moved + plan.workspace_bytes + plan.tile_bytes, gradient
 
 
 def _sizes(config: PlanConfig) -> _Sizes:
     model_config = load_shape(config.model, trust_remote_code=config.trust_remote_code)
     text = model_config.get_text_config(decoder=True)
-    autocast = torch.bfloat16 if config.dtype == "bf16" else None
-    narrow = config.device == "cuda"
+    autocast, narrow = AUTOCAST[config.dtype], config.device == "cuda"
     try:
         with quiet():
-            whole, _ = fake_model(model_config)
-            traced, mode = fake_model(_with_blocks(model_config, min(_TRACED_BLOCKS, text.num_hidden_layers)))
+            whole, _ = _model(model_config, config)
+            traced, mode = _model(_with_blocks(model_config, min(_TRACED_BLOCKS, text.num_hidden_layers)), config)
             some, double = (count_saved(traced, mode, n, autocast, narrow) for n in (512, 1024))
+    except UserError:
+        raise
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--model {config.model}: cannot be traced: {reason[:300]}") from error
-    blocks = blocks_of(whole)
-    in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    total = sum(p.numel() for p in whole.parameters())
+    blocks, how = blocks_of(whole), _parallel(whole, config)
+    parameters = list(whole.parameters())
+    linear = [layer.weight for layer in linear_layers(whole) if not layer.weight.requires_grad]
+    in_blocks = [list(block.parameters()) for block in blocks]
+    trained = [p.numel() for p in parameters if p.requires_grad]
+    of_4_bits = sum(p.numel() for p in linear) if config.load_in_4bit else 0
+    stored = sum(p.nbytes for p in parameters)
+    if of_4_bits:
+        stored += round(NF4_BYTES * of_4_bits) - sum(p.nbytes for p in linear)
     scale = len(blocks) / len(some.blocks) * config.token_budget / 512
     per_block = [b - a for a, b in zip(some.blocks, double.blocks, strict=True)]
     fixed = [a - grown for a, grown in zip(some.blocks, per_block, strict=True)]
+    # weights in 4 bits are widened one at a time
+    widened = max((2 * p.numel() for p in linear), default=0) if of_4_bits else 0
+    head = whole.get_output_embeddings()
+    weight = head_parts(head).weight
     return _Sizes(
-        total=total,
-        root=total - sum(in_blocks),
-        block=max(in_blocks),
-        matrices=sum(p.numel() for block in blocks for p in block.parameters() if p.dim() > 1),
-        vocabulary=whole.get_output_embeddings().weight.shape[0],
-        hidden=whole.get_output_embeddings().weight.shape[1],
+        total=sum(p.numel() for p in parameters),
+        trained=sum(trained),
+        stored=stored,
+        reference=_reference_bytes(whole, config, how),
+        root=stored - sum(p.nbytes for block in in_blocks for p in block),
+        block=max(sum(p.numel() for p in block) for block in in_blocks),
+        block_trained=max(sum(p.numel() for p in block if p.requires_grad) for block in in_blocks),
+        largest=max(trained),
+        head=(weight.shape[0], weight.shape[1]),
+        head_dtype=weight.dtype,
+        head_trains=weight.requires_grad,
         kept=round(sum(per_block) * scale),
         inputs=round(sum(some.inputs) * scale),
         block_kept=round(max(per_block) * config.token_budget / 512),
         outside=round((double.outside - some.outside) * config.token_budget / 512),
         widest=round(some.widest * config.token_budget / 512),
-        copies=round(sum(fixed) * len(blocks) / len(some.blocks)),
-        block_copies=max(fixed),
+        copies=round(sum(fixed) * len(blocks) / len(some.blocks)) + widened,
+        block_copies=max(fixed) + widened,
+        how=how,
     )
+
+
+def _model(model_config: Any, config: PlanConfig) -> tuple[Any, Any]:
+    """A fake model with weights stored as in the run, and its adapter."""
+    model, mode = fake_model(model_config, torch.bfloat16 if config.param_dtype == "bf16" else torch.float32)
+    if config.lora_r is not None:
+        add_fake_adapter(model, mode, config)
+    return model, mode
+
+
+def _parallel(model: Any, config: PlanConfig) -> str:
+    """How the ranks share the model, as `dpo.placement` has it."""
+    if config.ranks == 1:
+        return "none"
+    if config.parallel != "auto":
+        return config.parallel
+    sharded = config.param_dtype == "bf16" and config.lora_r is None
+    return "fsdp" if sharded else choose_for(model, config.memory_gib * 2**30)
+
+
+def _reference_bytes(model: Any, config: PlanConfig, how: str) -> int:
+    """Of a second model's weights, frozen, without the policy's adapter."""
+    adapters = {id(p) for module in factors(model) for p in module.parameters()}
+    linear = {id(layer.weight) for layer in linear_layers(model)}
+    plain = 2 if config.param_dtype == "bf16" else 4
+    narrow = AUTOCAST[config.dtype] is not None and how != "fsdp"
+    each = {True: NF4_BYTES if config.load_in_4bit else 2 if narrow else plain, False: plain}
+    return round(sum(p.numel() * each[id(p) in linear] for p in model.parameters() if id(p) not in adapters))
 
 
 def load_shape(model: str, *, trust_remote_code: bool = False) -> Any:
@@ -224,30 +327,28 @@ def _with_blocks(config: Any, count: int) -> Any:
     return config
 
 
-def _resident() -> int:
-    """What this process holds now: the interpreter and the libraries that training loads too."""
-    import dpo.train  # noqa: F401  # the libraries of a run
-
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 500 << 20
-    import os
-
-    return pages * os.sysconf("SC_PAGE_SIZE")
+@cache
+def resident_runtime() -> int:
+    """Bytes that the interpreter and the libraries of a run hold, in a process of their own."""
+    code = "import dpo.train; from dpo.resident import peak_bytes; print(peak_bytes())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return int(found.stdout) if found.returncode == 0 else 500 << 20
 
 
 _ROWS = (
-    ("parameters", "fp32"),
+    ("parameters", ""),
     ("gradients", "fp32"),
     ("optimizer", ""),
+    ("masters", "fp32 weights behind bf16, average of --ema"),
     ("reference", ""),
     ("gathered", "embedding and LM head whole, blocks at work"),
-    ("copies", "bf16 copies of weights"),
+    ("copies", "of weights, in the arithmetic's precision"),
     ("activations", "kept for the backward"),
     ("head", "LM head: rows, kept logits, its gradient"),
     ("backward", "gradients of activations, one block"),
+    ("live", "the most that tensors hold at one moment"),
     ("runtime", "Python and libraries"),
+    ("gaps", "freed, but lost between blocks of the heap"),
 )
 
 
@@ -263,7 +364,7 @@ def plan(config: PlanConfig) -> MemoryPlan:
         for name, note in _ROWS
         if getattr(result, name)
     ]
-    rows.append(("peak", f"{result.peak / 2**30:.2f}", "the most at one moment"))
+    rows.append(("peak", f"{result.peak / 2**30:.2f}", "of the process" if result.runtime else ""))
     table(
         f"{config.model}: {result.total_parameters / 1e9:.2f}B parameters, {config.dtype}, bins of "
         f"{config.token_budget} tokens, {where}",

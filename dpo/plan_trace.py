@@ -5,6 +5,7 @@ Shapes: S packed tokens.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from dpo.adapters import add_adapter, factors, lora_config
+from dpo.commands import PlanConfig
+from dpo.inputs import AUTOCAST
 from dpo.parallel import blocks_of
+from dpo.reference import linear_layers
 
 _ATTENTION = "dpo_plan"
 
@@ -31,14 +36,28 @@ class Saved:
     """The largest single tensor of a block."""
 
 
-def fake_model(config: Any) -> tuple[Any, FakeTensorMode]:
-    """The model of a configuration in fp32, with weights that take no memory."""
+def fake_model(config: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, FakeTensorMode]:
+    """The model of a configuration, with weights that take no memory."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=_ATTENTION)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
         model.tie_weights()
     model.config.use_cache = False
     return model, mode
+
+
+def add_fake_adapter(model: Any, mode: FakeTensorMode, config: PlanConfig) -> None:
+    """Puts a LoRA adapter on a fake model, and stores what it freezes as `dpo.reference.store_frozen` does."""
+    assert config.lora_r is not None
+    settings = lora_config(config.lora_r, targets=config.lora_targets)
+    add_adapter(model, settings, config.model, "--lora-targets", on_meta=True)
+    autocast = AUTOCAST[config.dtype]
+    frozen = [] if autocast is None else [m for m in linear_layers(model) if not m.weight.requires_grad]
+    for module, dtype in [(m, None) for m in factors(model)] + [(m, autocast) for m in frozen]:
+        for name, p in module.named_parameters(recurse=False):
+            with mode:  # Module.to would swap tensors, which fake ones refuse
+                fake = torch.empty(p.shape, dtype=dtype or p.dtype)
+            module.register_parameter(name, nn.Parameter(fake, requires_grad=p.requires_grad))
 
 
 def count_saved(model: Any, mode: FakeTensorMode, tokens: int, autocast: torch.dtype | None, narrow: bool) -> Saved:
@@ -134,6 +153,8 @@ def quiet() -> Iterator[None]:
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that Transformers has changed
+            yield
     finally:
         logging.set_verbosity(before)

@@ -3,7 +3,7 @@ by the policy without its adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,13 +35,18 @@ def store_frozen(model: Any, objective: Objective) -> Any:
     """
     if objective.autocast is None or is_sharded(model):
         return model
-    head = model.get_output_embeddings()
-    kept = {*head.modules(), *factors(model)}
-    for module in model.modules():
-        plain = isinstance(module, nn.Linear) and module.weight.is_floating_point()
-        if plain and module not in kept and not module.weight.requires_grad:
+    for module in linear_layers(model):
+        if module.weight.is_floating_point() and not module.weight.requires_grad:
             module.to(objective.autocast)
     return model
+
+
+def linear_layers(model: Any) -> Iterator[nn.Linear]:
+    """The linear layers of a model, but for its LM head and adapters."""
+    kept = {*model.get_output_embeddings().modules(), *factors(model)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module not in kept:
+            yield module
 
 
 class OnlineReference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -12,7 +13,7 @@ from dpo.metrics import read_json_lines
 from dpo.plan_memory import plan_memory
 from tests.plan.sizes import sizes
 from tests.ranks import spawn
-from tests.train.toy import write_model
+from tests.train.toy import toy_config, write_model
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "vocab_size": 8000}
 WIDE |= {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -41,6 +42,8 @@ def test_parameters_gradients_and_optimizer_are_those_of_the_published_shapes(ca
         assert found["total_parameters"] / 1e9 == pytest.approx(billions, abs=1e-3)
         assert found["parameters"] == found["gradients"] == found["optimizer"] / 2 == 4 * found["total_parameters"]
     assert found["peak"] > found["parameters"] * 4 + found["activations"]
+    less = _gib(capsys, "--model", "8b", "--optimizer", "adamw", "--head-workspace-mb", "1")["bytes"]
+    assert less["head"] < found["head"]
 
 
 def test_activations_are_what_a_block_keeps(capsys, wide):
@@ -55,22 +58,63 @@ def test_activations_are_what_a_block_keeps(capsys, wide):
     assert found["activations"] == pytest.approx(by_hand, rel=0.02)
 
 
-def test_modes_move_memory_the_way_they_should(capsys, wide):
-    words = ("--model", str(wide / "model" / "config.json"))
-    base = _gib(capsys, *words)["bytes"]
-    less = _gib(capsys, *words, "--gradient-checkpointing")["bytes"]
-    assert less["activations"] < base["activations"] / 5
-    assert _gib(capsys, *words, "--reference", "online")["bytes"]["reference"] > 0
-    assert _gib(capsys, *words, "--bins", "1")["bytes"]["peak"] < base["peak"]
-    assert _gib(capsys, *words, "--head-workspace-mb", "1")["bytes"]["head"] < base["head"]
-    assert _gib(capsys, *words, "--completion-share", "0.1")["bytes"]["head"] < base["head"]
-    spread = _gib(capsys, *words, "--ranks", "4", "--parallel", "fsdp")["bytes"]
-    assert spread["parameters"] == base["parameters"] / 4
-    assert spread["gathered"] > 0
-    assert spread["parallel"] == "fsdp"
-    assert _gib(capsys, *words, "--ranks", "4")["bytes"]["parallel"] == "ddp"
-    assert _gib(capsys, *words, "--ranks", "4", "--memory-gib", "1")["bytes"]["parallel"] == "fsdp"
-    assert _gib(capsys, *words, "--device", "cpu")["bytes"]["runtime"] > 100 << 20
+@pytest.mark.parametrize(
+    ("flags", "name", "ratio"),
+    [
+        ("--token-budget 16384", "activations", (1.99, 2.01)),
+        ("--completion-share 0.1", "head", (0, 0.9)),
+        ("--bins 1", "live", (0, 0.99)),
+        ("--dtype fp32", "activations", (1.2, 2)),
+        ("--dtype fp16", "live", (1, 1)),
+        ("--param-dtype bf16", "parameters", (0.5, 0.5)),
+        ("--param-dtype bf16", "masters", None),
+        ("--param-dtype bf16 --bf16-update random", "live", (0, 0.99)),
+        ("--optimizer adamw", "optimizer", (2, 2)),
+        ("--optimizer sgd", "optimizer", (0, 0)),
+        ("--ema 0.99", "masters", None),
+        ("--reference online", "reference", None),
+        ("--gradient-checkpointing", "activations", (0, 0.2)),
+        ("--ranks 4", "live", (1, 1)),
+        ("--ranks 4 --parallel fsdp", "parameters", (0.25, 0.25)),
+        ("--ranks 4 --parallel fsdp", "gathered", None),
+        ("--ranks 4 --memory-gib 0.3", "optimizer", (0.25, 0.25)),
+    ],
+    ids=str,
+)
+def test_every_flag_moves_memory_the_way_it_should(capsys, two_blocks, base, flags, name, ratio):
+    """ratio: least and most of the plan without the flags; None where that has nothing of it."""
+    found = _gib(capsys, "--model", two_blocks, *flags.split())["bytes"][name]
+    if ratio is None:
+        assert base[name] == 0 < found
+    else:
+        assert ratio[0] * base[name] <= found <= ratio[1] * base[name]
+
+
+@pytest.fixture(scope="module")
+def two_blocks(tmp_path_factory):
+    """A config.json."""
+    folder = tmp_path_factory.mktemp("two")
+    toy_config(**WIDE | {"num_hidden_layers": 2}).save_pretrained(folder)
+    return str(folder / "config.json")
+
+
+@pytest.fixture(scope="module")
+def base(two_blocks):
+    return asdict(plan_memory(PlanConfig(model=two_blocks)))
+
+
+def test_an_adapter_moves_memory_the_way_it_should(capsys, two_blocks, base):
+    pytest.importorskip("peft", reason="the lora extra is not installed")
+    words = "--model", two_blocks, "--lora-r", "8"
+    lora = _gib(capsys, *words)["bytes"]
+    inputs = 6 * 512 + 1376  # of the linear layers of a block: q, k, v, o, gate, up, and down
+    outputs = 512 + 2 * 256 + 512 + 2 * 1376 + 512
+    assert lora["gradients"] == lora["optimizer"] == 4 * 8 * 2 * (inputs + outputs)
+    assert lora["parameters"] < base["parameters"], "frozen linear weights are stored in bf16"
+    few = _gib(capsys, *words, "--lora-targets", "q_proj")["bytes"]
+    assert few["gradients"] == 4 * 8 * 2 * 1024
+    four = _gib(capsys, *words, "--load-in-4bit")["bytes"]
+    assert four["parameters"] < lora["parameters"]
 
 
 def test_the_table_says_whether_a_run_fits(capsys, wide):
@@ -88,6 +132,13 @@ def test_the_table_says_whether_a_run_fits(capsys, wide):
         (("--model", "/nowhere/at/all"), "--model /nowhere/at/all: expected"),
         (("--model", "1b", "--ranks", "0"), "--ranks: expected a positive number, found 0"),
         (("--model", "1b", "--completion-share", "2"), "--completion-share: expected 0 < value <= 1, found 2.0"),
+        (("--model", "1b", "--ema", "1"), "--ema: expected 0 < value < 1, found 1.0"),
+        (("--model", "1b", "--param-dtype", "bf16", "--dtype", "fp32"), "--param-dtype bf16: expected --dtype bf16"),
+        (("--model", "1b", "--bf16-update", "random"), "--bf16-update: expected --param-dtype bf16 beside it"),
+        (("--model", "1b", "--lora-targets", "q_proj"), "--lora-targets: expected --lora-r beside it, found none"),
+        (("--model", "1b", "--load-in-4bit"), "--load-in-4bit: expected --lora-r beside it, found none"),
+        (("--model", "1b", "--lora-r", "4", "--load-in-4bit", "--device", "cpu"), "expected a CUDA device, found cpu"),
+        (("--model", "1b", "--parallel", "ddp"), "--parallel ddp: expected more than one of --ranks, found 1"),
     ],
     ids=str,
 )
@@ -103,9 +154,6 @@ def test_the_table_of_the_readme_is_what_plan_says():
     assert sizes() in (spawn.ROOT / "dpo" / "README.md").read_text()
 
 
-@pytest.mark.xfail(
-    reason="a fp32 run measured 2.18 GB where the plan says 1.64: what the plan leaves out is not found yet"
-)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
@@ -115,24 +163,17 @@ def test_the_table_of_the_readme_is_what_plan_says():
     ],
     ids=["fp32", "bf16-checkpointing"],
 )
-def test_a_run_on_the_cpu_takes_what_was_planned_within_15_percent(wide, tmp_path, flags):
+def test_a_process_on_the_cpu_takes_what_was_planned_within_15_percent(capsys, wide, tmp_path, flags):
     """Peak resident memory of a fresh process, against the plan of the same bins."""
-    words = ["-m", "dpo.cli", "train", "--model", str(wide / "model"), "--data", str(wide / "pairs.jsonl")]
-    words += ["--output", str(tmp_path / "run"), "--token-budget", "2000", "--pairs-per-step", "8", "--max-steps", "2"]
-    ((status, _, errors),) = spawn.alone(*words, "--no-check-sharing", "--warmup-steps", "0", *flags)
+    common = ["--model", str(wide / "model"), "--token-budget", "2000", *flags]
+    words = ["-m", "dpo.cli", "train", *common, "--data", str(wide / "pairs.jsonl"), "--output", str(tmp_path / "run")]
+    words += ["--pairs-per-step", "8", "--max-steps", "2", "--no-check-sharing", "--warmup-steps", "0"]
+    ((status, _, errors),) = spawn.alone(*words)
     assert status == 0, errors
     measured = read_json_lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert measured["bins"] == 2
-    settings = PlanConfig(
-        model=str(wide / "model"),
-        token_budget=2000,
-        completion_share=0.6,
-        device="cpu",
-        gradient_checkpointing="--gradient-checkpointing" in flags,
-        dtype="bf16" if "bf16" in flags else "fp32",
-        optimizer="adamw" if "adamw" in flags else "rmsprop",
-        reference="online" if "online" in flags else "cached",
-    )
-    planned = plan_memory(settings)
-    assert measured["peak_memory_bytes"] == pytest.approx(planned.peak, rel=0.15), planned
-    assert planned.peak - planned.runtime > planned.runtime / 2, "the libraries must not decide"
+    planned = _gib(capsys, *common, "--completion-share", "0.6", "--device", "cpu")["bytes"]
+    assert measured["peak_memory_bytes"] == pytest.approx(planned["peak"], rel=0.15), planned
+    assert planned["live"] > planned["runtime"], "the libraries must not decide"
+    assert planned["peak"] == planned["live"] + planned["runtime"] + planned["gaps"]
+    assert planned["gaps"] > 0
