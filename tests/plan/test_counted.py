@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
+from typing import Any
+
 import pytest
 
 from dpo.cli import main
 from tests.plan.counted import counted_peak
 from tests.train.toy import write_model
 
-SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 2000}
+SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 2000}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.02}
 
 
