@@ -49,6 +49,20 @@ def test_it_reduces_no_precision():
     assert (fast(x) - truth).abs().max() <= 4 * (plain(x) - truth).abs().max()
 
 
+def test_frozen_weights_keep_no_input():
+    _, fast = _pair((64, 33), bias=True)
+    fast.requires_grad_(False)
+    x, g, kept = torch.randn(5, 64, requires_grad=True), torch.randn(5, 33), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        out = fast(x)
+    assert x.data_ptr() not in kept
+    out.backward(g)
+    truth = g.double() @ fast.weight.double()
+    assert x.grad is not None
+    assert (x.grad - truth).abs().max() <= 1e-5 * truth.abs().max()
+    assert fast.weight.grad is None
+
+
 def test_float64_and_autocast_are_left_alone():
     _, fast = _pair((8, 4), bias=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
