@@ -1,4 +1,4 @@
-"""The work every side of the benchmark does: one small Llama, seeded preference pairs as token ids, two length mixes.
+"""The work every side of the benchmark does: one small Llama, seeded preference pairs as token ids, three length mixes.
 
 Shapes: T pairs a step, S tokens, V vocabulary, H hidden.
 """

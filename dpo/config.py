@@ -37,7 +37,7 @@ class InputConfig:
     """The policy: a Hugging Face model id or a folder."""
     adapter: str | None = None
     """A LoRA adapter (a folder that peft wrote) to put on --model.
-    Training goes on with it; the reference is a frozen copy of it."""
+    dpo train goes on with it, and a frozen copy of it is the reference."""
     data: str
     """Preference data: a .jsonl, .json, .csv or .parquet file, a dataset folder, or a dataset id."""
     config: str | None = None

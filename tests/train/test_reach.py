@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 import dpo.attention
+import dpo.cli
 import dpo.train
 from dpo.attention import ATTENTION
 from dpo.cli import main
@@ -134,6 +135,25 @@ def test_the_first_bin_is_checked_before_training_unless_that_is_turned_off(reac
     assert not (tmp_path / "wrong").exists()
     reach("--no-check-sharing")
     assert "check: packed" not in capsys.readouterr().out
+
+
+def test_flags_of_every_kind_win_over_the_config_file(tmp_path, monkeypatch):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: m\ndata: d\nlr: 1e-4\nshare_prefix: false\npadded: true\nlog_to: [tensorboard, wandb]\nmax_steps: 5\n"
+        "optimizer_options: {eps: 1.0e-6}\nwarmup-steps: 3\n"
+    )
+    seen: list[Any] = []
+    monkeypatch.setattr(dpo.cli, "run", seen.append)
+
+    def settings(*flags: str) -> dict[str, Any]:
+        main(["train", "--config", str(file), *flags])
+        names = ("lr", "share_prefix", "padded", "log_to", "max_steps", "optimizer_options", "warmup_steps")
+        return {name: getattr(seen[-1], name) for name in names}
+
+    assert list(settings().values()) == [1e-4, False, True, ("tensorboard", "wandb"), 5, "{eps: 1.0e-06}", 3]
+    flags = "--lr 1 --share-prefix --no-padded --log-to none --max-steps None --optimizer-options {} --warmup_steps 0"
+    assert list(settings(*flags.split()).values()) == [1.0, True, False, ("none",), None, "{}", 0]
 
 
 def test_every_end_of_sequence_of_a_list_ends_a_completion(toy, tmp_path):
