@@ -29,7 +29,7 @@ from bench.data import fetch_smollm2, fetch_snippets
 from bench.data.download import CACHE, run_script
 from bench.paper import language, preferences, sampling
 from bench.paper.rl import train_rloo
-from bench.paper.settings import FULL, QUICK, SMOLLM2, Run, Settings, runs
+from bench.paper.settings import FULL, QUICK, QUICK_SMOLLM2, SMOLLM2, Run, Settings, runs
 from bench.paper.summary import write_results
 from dpo.checkpoint import write_text
 from dpo.console import notice, say
@@ -147,7 +147,8 @@ def main() -> None:
     parser.add_argument("--snippets", type=Path, default=CACHE / "snippets", help="folder of the text and the scorer")
     parser.add_argument("--output", type=Path, help="folder of the figure, the table and the JSON file")
     arguments = parser.parse_args()
-    settings = QUICK if arguments.quick else SMOLLM2 if arguments.smollm2 else FULL
+    sizes = (SMOLLM2, QUICK_SMOLLM2) if arguments.smollm2 else (FULL, QUICK)
+    settings = sizes[arguments.quick]
     output = Path("bench/results/paper") if settings is FULL else arguments.work / settings.name
     output = arguments.output or output
     transformers_logging.disable_progress_bar()

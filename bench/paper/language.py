@@ -38,7 +38,7 @@ def fine_tune(folder: Path, texts: Sequence[str], settings: Settings, seed: int)
         _train(model, tokenizer, texts, settings, seed, folder.with_name("language.pt"))
         save_model(folder, model, tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder), tokenizer
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer
 
 
 def _tokenizer(texts: Sequence[str], settings: Settings) -> PreTrainedTokenizerFast:

@@ -17,6 +17,8 @@ from transformers import DynamicCache
 from dpo.model import stock_attention
 
 BATCH = 256
+LOGITS = 2**26
+"""At most so many logits at a time: 256 MiB of fp32."""
 Reward = Callable[[str], float]
 
 
@@ -69,9 +71,10 @@ def divergences(policy: Any, reference: Any, rows: Tensor, prompt: int) -> tuple
     second is the plain log ratio of the sample.
     """
     end, found = policy.config.eos_token_id, ([], [])
+    batch = max(1, min(BATCH, LOGITS // (rows.shape[1] * policy.config.vocab_size)))
     policy.eval()
     with stock_attention(policy), stock_attention(reference):
-        for part in rows.split(BATCH):
+        for part in rows.split(batch):
             mine, theirs = (
                 model(input_ids=part, use_cache=False).logits[:, prompt - 1 : -1].log_softmax(-1)
                 for model in (policy, reference)

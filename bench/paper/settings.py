@@ -58,6 +58,8 @@ class Settings:
     samples: int = 4
     """Samples of each of them."""
     betas: tuple[float, ...] = (3.0, 1.0, 0.3, 0.1)
+    lower_rates: tuple[float, ...] = (0.3, 0.1)
+    """Factors of the learning rate at which DPO of the smallest beta runs too: small divergences."""
     ipo_betas: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01)
     """IPO aims at log ratios of a pair that differ by 1 / (2 beta)."""
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -80,6 +82,7 @@ QUICK = replace(
     held_out=16,
     max_new_tokens=12,
     betas=(1.0, 0.1),
+    lower_rates=(0.3,),
     ipo_betas=(0.1,),
     best_of=(1, 4),
     rl_betas=(0.1,),
@@ -95,24 +98,47 @@ SMOLLM2 = replace(
     optimizer="adamw",
     lr=2e-5,
     warmup_steps=4,
-    held_out=125,
     best_of=(1, 2, 4, 8),
     rl_lr=1e-5,
     rl_betas=(0.1,),
 )
 """SmolLM2-135M-Instruct as it is, without fine-tuning: hours on two cores."""
+QUICK_SMOLLM2 = replace(
+    SMOLLM2,
+    name="quick-smollm2",
+    prompts=8,
+    held_out=4,
+    samples=2,
+    max_new_tokens=6,
+    betas=(0.1,),
+    lower_rates=(0.3,),
+    ipo_betas=(0.1,),
+    best_of=(1, 2),
+    sweep=(1.0,),
+)
+
+
+UNLIKELIHOOD = (
+    ("weight 0.1", 0.1, 1.0),
+    ("weight 0.3", 0.3, 1.0),
+    ("weight 1", 1.0, 1.0),
+    ("weight 0.3, lr x0.3", 0.3, 0.3),
+)
+"""Name of a setting, weight, factor of the learning rate."""
 
 
 def runs(settings: Settings) -> list[Run]:
     """Every training run with the project's own trainer."""
+    least = min(settings.betas)
     found = [Run("DPO", f"beta {beta:g}", beta=beta) for beta in settings.betas]
+    found += [Run("DPO", f"beta {least:g}, lr x{f:g}", beta=least, lr_factor=f) for f in settings.lower_rates]
     for factor in (0.3, 1.0, 3.0):
         setting = f"lr x{factor:g}"
         found.append(Run("preferred-ft", setting, "sft", lr_factor=factor, measure_after=settings.sweep))
-    for alpha in (0.1, 0.3, 1.0):
+    for setting, alpha, factor in UNLIKELIHOOD:
         options = {"unlikelihood_alpha": alpha}
-        setting = f"weight {alpha:g}"
-        found.append(Run("unlikelihood", setting, "unlikelihood", options=options, measure_after=settings.sweep))
+        run = Run("unlikelihood", setting, "unlikelihood", options=options, lr_factor=factor)
+        found.append(replace(run, measure_after=settings.sweep))
     for beta in settings.ipo_betas:
         found.append(Run("IPO", f"beta {beta:g}", "ipo", beta, {"token_reduction": "sum"}))
     for beta in settings.betas:

@@ -121,7 +121,7 @@ def test_comparisons_at_equal_divergence():
     assert summary.reward_at(curve, 9.0) is None
     found = next(p for p in merged if p["method"] == "preferred-ft")
     assert summary.difference(merged, found) == (pytest.approx(0.2), pytest.approx(0.03 * math.sqrt(1.5)))
-    text = summary.findings(merged)
+    text = summary.findings(points)
     assert "DPO: reward rises as beta falls: +0.200" in text
     assert "preferred-ft at equal KL, DPO has more reward at 1 of 1" in text
 
@@ -138,6 +138,31 @@ def test_seeds_are_averaged_and_their_spread_counts():
     assert merged["kl"] == 2.0
     assert merged["kl_se"] == pytest.approx(1 / math.sqrt(3))
     assert merged["reward_se"] == pytest.approx(0.03 / math.sqrt(3))
+
+
+def test_methods_are_compared_within_a_seed():
+    """Two references of different rewards: the distance of two methods is the same in both."""
+    points = []
+    for seed, level in enumerate((0.1, 0.7)):
+        points += [
+            point("reference", "", 0.0, level, seed),
+            point("DPO", "beta 1", 2.0, level + 0.4, seed),
+            point("DPO", "beta 0.1", 3.0, level + 0.5, seed),
+            point("preferred-ft", "lr x1", 0.5, level - 0.3, seed),
+            point("preferred-ft", "lr x1", 1.0 + seed, level + 0.1, seed) | {"steps": 2},
+        ]
+    found = summary.differences(points)
+    assert found["preferred-ft", "lr x1, 1 steps"] == (pytest.approx(0.4), pytest.approx(0.03 * math.sqrt(1.625 / 2)))
+    assert found["preferred-ft", "lr x1, 2 steps"] == (pytest.approx(0.2), pytest.approx(0.03 * math.sqrt(3.5) / 2))
+    rewards = summary.at_equal_kl(points)
+    assert rewards["DPO", 1.0] == (pytest.approx(0.4 + 0.2), pytest.approx(0.03 / 2))
+    reward, _ = rewards["preferred-ft", 0.5] or (0, 0)
+    assert reward == pytest.approx(0.4 + (0.05 + 0.025) / 2)  # not through the earlier point
+    assert rewards["preferred-ft", 2.0] is None  # beyond the first seed's
+    assert summary.rises(points) == {
+        name: [(pytest.approx(rise), pytest.approx(error))]
+        for name, rise, error in (("kl", 1.0, 0.0), ("reward", 0.1, 0.03))
+    }
 
 
 def test_results_are_written(tmp_path):

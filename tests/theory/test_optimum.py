@@ -62,7 +62,20 @@ def of_a_reward(losses: Callable[..., Tensor], reward: Tensor) -> Tensor:
     return losses(reward, torch.zeros_like(reward), 1.0)
 
 
-MODELS = pytest.mark.parametrize("losses", [pair_losses, ranking_losses], ids=["bradley-terry", "plackett-luce"])
+def bradley_terry(reward: Tensor) -> Tensor:
+    """Probability of every pair of PAIRS (eq. 1), by none of our losses."""
+    strength = reward.exp().flatten()
+    return strength[PAIRS[:, 0]] / (strength[PAIRS[:, 0]] + strength[PAIRS[:, 1]])
+
+
+def plackett_luce(reward: Tensor) -> Tensor:
+    """Probability of every ranking of RANKINGS (eq. 18): the best is chosen from all, the next from what is left."""
+    strength = reward.exp().flatten()[RANKINGS]
+    return torch.stack([strength[:, k] / strength[:, k:].sum(1) for k in range(Y)]).prod(0)
+
+
+COMPARISONS = [(pair_losses, bradley_terry), (ranking_losses, plackett_luce)]
+MODELS = pytest.mark.parametrize(("losses", "model"), COMPARISONS, ids=["bradley-terry", "plackett-luce"])
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -97,19 +110,21 @@ def test_gradient_ascent_on_the_objective_arrives_there(beta):
 
 
 @MODELS
-def test_lemma_1_equivalent_rewards_induce_the_same_preferences(losses):
+def test_lemma_1_equivalent_rewards_induce_the_same_preferences(losses, model):
     """... and only they do: a reward that differs by more than a function of the prompt gives other preferences."""
     reward, _ = tables(0)
     shift = torch.tensor([[3.0], [-7.0], [0.5]], dtype=torch.float64)
-    torch.testing.assert_close(of_a_reward(losses, reward + shift), of_a_reward(losses, reward))
+    torch.testing.assert_close(of_a_reward(losses, reward + shift), -model(reward).log())
     reward[1, 2] += 0.1
     assert (of_a_reward(losses, reward + shift) - of_a_reward(losses, tables(0)[0])).abs().max() > 0.01
 
 
 @MODELS
-def test_the_losses_are_probabilities_of_all_outcomes(losses):
-    """exp(-loss) sums to 1 over the two orders of a pair, and over all rankings of a prompt's completions."""
-    probabilities = torch.exp(-of_a_reward(losses, tables(0)[0]))
+def test_the_losses_are_probabilities_of_all_outcomes(losses, model):
+    """exp(-loss) is the model's, and sums to 1 over the two orders of a pair, and over all rankings of completions."""
+    reward, _ = tables(0)
+    probabilities = torch.exp(-of_a_reward(losses, reward))
+    torch.testing.assert_close(probabilities, model(reward))
     outcomes = X * Y * (Y - 1) // 2 if losses is pair_losses else X
     torch.testing.assert_close(probabilities.sum(), torch.tensor(float(outcomes), dtype=torch.float64))
 
@@ -123,23 +138,23 @@ def test_lemma_2_equivalent_rewards_induce_the_same_policy():
 
 @MODELS
 @pytest.mark.parametrize("beta", BETAS)
-def test_theorem_1_the_policy_gives_back_its_reward(losses, beta):
+def test_theorem_1_the_policy_gives_back_its_reward(losses, model, beta):
     """beta log(pi / pi_ref) of the optimum is the reward, less beta log Z(x), and says the same of every comparison."""
     reward, reference = tables(0)
     best, log_z = optimum(reward, reference, beta)
     implicit = beta * (best - reference)
     torch.testing.assert_close(implicit, reward - beta * log_z[:, None])
-    torch.testing.assert_close(losses(best, reference, beta), of_a_reward(losses, reward))
+    torch.testing.assert_close(losses(best, reference, beta), -model(reward).log())
     # Proposition 1: of its class, it is the one reward that this parametrisation can express
     torch.testing.assert_close((reference + implicit / beta).logsumexp(-1), torch.zeros(X, dtype=torch.float64))
 
 
 @MODELS
 @pytest.mark.parametrize("beta", [0.3, 1.0])
-def test_dpo_by_gradient_descent_converges_to_the_optimum(losses, beta):
+def test_dpo_by_gradient_descent_converges_to_the_optimum(losses, model, beta):
     """Annotators answer by the true model; DPO never sees the reward, only how often each answer is given."""
     reward, reference = tables(3)
-    frequencies = torch.exp(-of_a_reward(losses, reward))
+    frequencies = model(reward)
     logits = reference.clone().requires_grad_()
     optimizer = torch.optim.SGD([logits], lr=0.5 / beta**2, momentum=0.9)
     for _ in range(400):
@@ -150,5 +165,5 @@ def test_dpo_by_gradient_descent_converges_to_the_optimum(losses, beta):
     best, log_z = optimum(reward, reference, beta)
     torch.testing.assert_close(found, best, rtol=0, atol=1e-6)
     torch.testing.assert_close(beta * (found - reference), reward - beta * log_z[:, None], rtol=0, atol=1e-6)
-    entropy = (frequencies * of_a_reward(losses, reward)).sum()
+    entropy = -(frequencies * frequencies.log()).sum()
     torch.testing.assert_close((frequencies * losses(found, reference, beta)).sum(), entropy)
