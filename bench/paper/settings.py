@@ -59,7 +59,7 @@ class Settings:
     """Samples of each of them."""
     betas: tuple[float, ...] = (3.0, 1.0, 0.3, 0.1)
     lower_rates: tuple[float, ...] = (0.3, 0.1)
-    """Factors of the learning rate at which DPO of the smallest beta runs too: small divergences."""
+    """Factors of the learning rate at which DPO of the smallest beta runs too."""
     ipo_betas: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01)
     """IPO aims at log ratios of a pair that differ by 1 / (2 beta)."""
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -131,7 +131,8 @@ def runs(settings: Settings) -> list[Run]:
     """Every training run with the project's own trainer."""
     least = min(settings.betas)
     found = [Run("DPO", f"beta {beta:g}", beta=beta) for beta in settings.betas]
-    found += [Run("DPO", f"beta {least:g}, lr x{f:g}", beta=least, lr_factor=f) for f in settings.lower_rates]
+    for factor in settings.lower_rates:
+        found.append(Run("DPO, lower rate", f"beta {least:g}, lr x{factor:g}", beta=least, lr_factor=factor))
     for factor in (0.3, 1.0, 3.0):
         setting = f"lr x{factor:g}"
         found.append(Run("preferred-ft", setting, "sft", lr_factor=factor, measure_after=settings.sweep))

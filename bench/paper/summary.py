@@ -9,6 +9,7 @@ import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ Estimate = tuple[float, float]
 """A mean and its standard error."""
 COLOURS = {
     "DPO": "#1d4ed8",
+    "DPO, lower rate": "#93b4f5",
     "cDPO": "#0891b2",
     "IPO": "#7c3aed",
     "Plackett-Luce": "#15803d",
@@ -53,7 +55,7 @@ def write_results(output: Path, points: Sequence[Point], settings: Settings) -> 
     text = json.dumps(about | {"points": list(points), "merged": merged}, indent=1)
     write_text(output / "frontier.json", text + "\n")
     parts = table(merged, differences(points)), equal_kl_table(at_equal_kl(points)), findings(points)
-    write_text(output / "frontier.md", "\n".join(parts) + "\n")
+    write_text(output / "frontier.md", "\n".join(part for part in parts if part) + "\n")
     draw(merged, output / "frontier.png", about["seeds"])
 
 
@@ -65,28 +67,30 @@ def _version(name: str) -> str:
 
 
 def mean_over_seeds(values: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds and its standard error: that of the samples; from three seeds on the seeds' spread, if larger."""
+    """Mean over seeds and its standard error: that of the samples, or the spread of the seeds where that is larger."""
     held = torch.tensor(values, dtype=torch.float64)
     error = math.hypot(*errors) / len(held)
-    if len(held) >= 3:
+    if len(held) > 1:
         error = max(error, held.std().item() / math.sqrt(len(held)))
     return held.mean().item(), error
 
 
 def merge_seeds(points: Sequence[Point]) -> list[Point]:
     """The mean over seeds of every point, by method and KL, each with its standard error."""
-    groups: dict[tuple[str, str, int], list[Point]] = {}
+    groups: dict[tuple[str, str, Fraction], list[Point]] = {}
     for point in points:
-        groups.setdefault((point["method"], point["setting"], point.get("n") or point["steps"]), []).append(point)
+        groups.setdefault((point["method"], point["setting"], _count(point, points)), []).append(point)
     merged = []
     for (method, setting, count), held in groups.items():
         label = f"N = {count}" if method == "Best-of-N" else setting
         if method in SWEPT:
-            label += f", {count} steps"
-        point: Point = {"method": method, "setting": setting, "label": label, "count": count, "seeds": len(held)}
+            label += ", all steps" if count == 1 else f", {count} of the steps"
+        point: Point = {"method": method, "setting": setting, "label": label, "count": float(count), "seeds": len(held)}
         for name in ("kl", "reward"):
             mean, error = mean_over_seeds([p[name] for p in held], [p[f"{name}_se"] for p in held])
             point |= {name: mean, f"{name}_se": error}
+        if all("tokens" in p for p in held):
+            point["tokens"] = sum(p["tokens"] for p in held) / len(held)
         merged.append(point)
     order = ["reference", *COLOURS]
     return sorted(
@@ -94,9 +98,22 @@ def merge_seeds(points: Sequence[Point]) -> list[Point]:
     )
 
 
+def _count(point: Point, points: Sequence[Point]) -> Fraction:
+    """N of Best-of-N; of others the share of a run's steps, in eighths at the finest: seeds differ by a step or so."""
+    if point["method"] == "Best-of-N":
+        return Fraction(point["n"])
+    steps = [p["steps"] for p in points if all(p[k] == point[k] for k in ("method", "setting", "seed"))]
+    return Fraction(point["steps"], max(*steps, 1)).limit_denominator(8)
+
+
 def frontier(merged: Sequence[Point], method: str) -> list[Point]:
     """The reference and the points of a method, by KL."""
     return sorted((p for p in merged if p["method"] in ("reference", method)), key=lambda p: p["kl"])
+
+
+def at_the_end(curve: Sequence[Point]) -> list[Point]:
+    """A curve without the points that were measured on the way."""
+    return [p for p in curve if p["method"] not in SWEPT or p["count"] == 1]
 
 
 def reward_at(curve: Sequence[Point], kl: float) -> tuple[float, float] | None:
@@ -145,14 +162,12 @@ def differences(points: Sequence[Point]) -> dict[tuple[str, str], Estimate | Non
 
 
 def at_equal_kl(points: Sequence[Point]) -> dict[tuple[str, float], Estimate | None]:
-    """Reward of every method at the divergences of EQUAL_KL; of a method swept by steps, along its last points."""
+    """Reward of every method at the divergences of EQUAL_KL; of a method swept by steps, along the ends of its runs."""
 
     def of_one(merged: list[Point]) -> dict[Any, Estimate | None]:
         found = {}
         for method in COLOURS:
-            last = max((p["count"] for p in merged if p["method"] == method), default=0)
-            curve = frontier(merged, method)
-            curve = [p for p in curve if method not in SWEPT or p["method"] == "reference" or p["count"] == last]
+            curve = at_the_end(frontier(merged, method))
             found |= {(method, kl): reward_at(curve, kl) for kl in EQUAL_KL}
         return found
 
@@ -160,18 +175,21 @@ def at_equal_kl(points: Sequence[Point]) -> dict[tuple[str, float], Estimate | N
 
 
 def table(merged: Sequence[Point], against: Mapping[tuple[str, str], Estimate | None]) -> str:
-    """All points, each beside DPO's frontier at the same KL."""
-    lines = ["| method | setting | KL | reward | DPO at this KL, less this |", "|---|---|---|---|---|"]
+    """All points, each with its mean length, beside DPO's frontier at the same KL."""
+    lines = ["| method | setting | KL | reward | tokens | DPO at this KL, less this |", "|---|---|---|---|---|---|"]
     for p in merged:
         found = against.get((p["method"], p["label"]))
         shown = f"{found[0]:+.3f} ± {found[1]:.3f}" if found else ""
         kl, reward = (f"{p[name]:.{d}f} ± {p[name + '_se']:.{d}f}" for name, d in (("kl", 2), ("reward", 3)))
-        lines.append(f"| {p['method']} | {p['label']} | {kl} | {reward} | {shown} |")
+        tokens = f"{p['tokens']:.1f}" if "tokens" in p else ""
+        lines.append(f"| {p['method']} | {p['label']} | {kl} | {reward} | {tokens} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
 def equal_kl_table(rewards: Mapping[tuple[str, float], Estimate | None]) -> str:
     """The rewards of `at_equal_kl`, a row a method; empty where a method does not reach."""
+    if not any(rewards.values()):
+        return ""
     lines = ["| reward at KL | " + " | ".join(f"{kl:g}" for kl in EQUAL_KL) + " |", "|---" * (len(EQUAL_KL) + 1) + "|"]
     for method in COLOURS:
         found = [rewards.get((method, kl)) for kl in EQUAL_KL]
@@ -182,11 +200,10 @@ def equal_kl_table(rewards: Mapping[tuple[str, float], Estimate | None]) -> str:
 
 
 def rises(points: Sequence[Point]) -> dict[str, list[Estimate]]:
-    """By how much DPO's KL and reward rise from each beta to the next smaller one, at one learning rate."""
+    """By how much DPO's KL and reward rise from each beta to the next smaller one."""
 
     def of_one(merged: list[Point]) -> dict[Any, Estimate | None]:
-        held = [p for p in merged if p["method"] == "DPO" and "lr" not in p["setting"]]
-        betas = sorted(held, key=lambda p: -float(p["setting"].split()[1]))
+        betas = sorted((p for p in merged if p["method"] == "DPO"), key=lambda p: -float(p["setting"].split()[1]))
         return {
             (name, b["setting"]): (b[name] - a[name], math.hypot(a[f"{name}_se"], b[f"{name}_se"]))
             for name in ("kl", "reward")
@@ -220,39 +237,41 @@ def findings(points: Sequence[Point]) -> str:
 
 
 def draw(merged: Sequence[Point], path: Path, seeds: Sequence[int]) -> None:
-    """Reward against KL, a curve a method, two standard errors on either side."""
+    """Reward against KL, a curve a method, two standard errors on either side.
+
+    The axis is that of the root of KL, with which reward grows at best where KL is small. Methods swept by steps are
+    joined at the end of their runs; what was measured on the way is unjoined.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis: Any = figure.subplots()
+    bars: dict[str, Any] = {"marker": "o", "markersize": 3, "elinewidth": 0.8}
     for method, colour in COLOURS.items():
-        settings = {p["setting"] for p in merged if p["method"] == method}
-        sweeps = sorted(settings) if method in SWEPT else [None]
-        for k, setting in enumerate(sweeps if settings else []):
-            held = [p for p in frontier(merged, method) if setting is None or p["setting"] in ("", setting)]
-            x, y = [p["kl"] for p in held], [p["reward"] for p in held]
-            errors = {f"{n}err": [2 * p[f"{name}_se"] for p in held] for n, name in (("x", "kl"), ("y", "reward"))}
-            style = {"linestyle": "--"} if method == "Best-of-N" else {}
-            label = method if k == 0 else None
-            wide = 2.2 if method == "DPO" else 1.2
-            axis.errorbar(
-                x,
-                y,
-                **errors,
-                color=colour,
-                marker="o",
-                markersize=3,
-                linewidth=wide,
-                elinewidth=0.8,
-                label=label,
-                **style,
-            )
-    axis.set_xlabel("KL of policy and reference, nats per completion")
+        held = at_the_end(frontier(merged, method))
+        if any(p["method"] == method for p in held):
+            style: dict[str, Any] = {"linestyle": "--" if method == "Best-of-N" else "-", "label": method}
+            axis.errorbar(*_errorbars(held), linewidth=2.2 if method == "DPO" else 1.2, color=colour, **style, **bars)
+        rest = [p for p in merged if p["method"] == method and p not in held]
+        if rest:
+            axis.errorbar(*_errorbars(rest), linestyle="none", color=colour, alpha=0.35, **bars)
+    most = max(p["kl"] for p in merged)
+    axis.set_xscale("function", functions=(lambda x: x.clip(min=0) ** 0.5, lambda x: x**2))
+    axis.set_xlim(0, 1.05 * max(most, 0.1))
+    axis.set_xticks([tick for tick in (0, 0.25, 1, 2, 4, 8, 16, 32) if tick <= 1.05 * most])
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel("KL of policy and reference, nats per completion (root scale)")
     axis.set_ylabel("reward (VADER compound)")
     number = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     axis.set_title(f"reward against KL on held-out prompts, {number}; bars: two standard errors", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=120)
+
+
+def _errorbars(points: Sequence[Point]) -> list[list[float]]:
+    """x, y, and two standard errors of y and of x."""
+    columns = ("kl", 1), ("reward", 1), ("reward_se", 2), ("kl_se", 2)
+    return [[times * p[name] for p in points] for name, times in columns]

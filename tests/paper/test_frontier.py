@@ -148,14 +148,17 @@ def test_methods_are_compared_within_a_seed():
             point("reference", "", 0.0, level, seed),
             point("DPO", "beta 1", 2.0, level + 0.4, seed),
             point("DPO", "beta 0.1", 3.0, level + 0.5, seed),
-            point("preferred-ft", "lr x1", 0.5, level - 0.3, seed),
-            point("preferred-ft", "lr x1", 1.0 + seed, level + 0.1, seed) | {"steps": 2},
+            point("preferred-ft", "lr x1", 0.5, level - 0.3, seed) | {"steps": 30},
+            point("preferred-ft", "lr x1", 1.0 + seed, level + 0.1, seed) | {"steps": 60 + seed},
         ]
     found = summary.differences(points)
-    assert found["preferred-ft", "lr x1, 1 steps"] == (pytest.approx(0.4), pytest.approx(0.03 * math.sqrt(1.625 / 2)))
-    assert found["preferred-ft", "lr x1, 2 steps"] == (pytest.approx(0.2), pytest.approx(0.03 * math.sqrt(3.5) / 2))
+    assert found["preferred-ft", "lr x1, 1/2 of the steps"] == (
+        pytest.approx(0.4),
+        pytest.approx(0.03 * math.sqrt(1.625 / 2)),
+    )
+    assert found["preferred-ft", "lr x1, all steps"] == (pytest.approx(0.2), pytest.approx(0.1))  # 0.1 and 0.3
     rewards = summary.at_equal_kl(points)
-    assert rewards["DPO", 1.0] == (pytest.approx(0.4 + 0.2), pytest.approx(0.03 / 2))
+    assert rewards["DPO", 1.0] == (pytest.approx(0.6), pytest.approx(0.3))  # 0.3 and 0.9
     reward, _ = rewards["preferred-ft", 0.5] or (0, 0)
     assert reward == pytest.approx(0.4 + (0.05 + 0.025) / 2)  # not through the earlier point
     assert rewards["preferred-ft", 2.0] is None  # beyond the first seed's
@@ -204,6 +207,7 @@ def test_every_run_trains_its_own_loss():
         "preferred-ft": lambda d, lp, n: -(lp / n)[won].mean(),
         "unlikelihood": lambda d, lp, n: (0.3 * lp[lost] - lp[won]).mean(),
     }
+    formulas["DPO, lower rate"] = formulas["DPO"]
     assert found.keys() == formulas.keys()
     for method, run in found.items():
         (index,) = range(len(trainer.steps))
