@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bench.memory import allocated_peak
 from dpo.cli import main
@@ -34,7 +35,8 @@ def held() -> int:
     gc.collect()
     storages: dict[int, int] = {}
     for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor) and found.device.type == "cpu" and found.layout == torch.strided:
+        real = issubclass(type(found), torch.Tensor) and not isinstance(found, FakeTensor)
+        if real and found.device.type == "cpu" and found.layout == torch.strided:
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
