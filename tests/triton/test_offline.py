@@ -54,7 +54,7 @@ def test_row_kernels_in_bf16(target, vocabulary):
         assert_streams_well(code, vocabulary)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", [128, 1000, 2050, 5000, 32000, 50257, 151936, 262144])
@@ -90,7 +90,7 @@ def test_tuning_candidates_in_bf16(target):
     assert_candidates_stream_well(target, torch.bfloat16, 50257)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", [1000, 4096, 50257, 151936])
@@ -228,7 +228,7 @@ MARGINS = [name for name in KERNEL_IDS if "f_divergence" in LOSSES[name].options
 DIVERGENT = [(name, divergence) for name in MARGINS for divergence in ("forward_kl", "js", "alpha")]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("loss", "divergence"), [*((name, "") for name in KERNEL_IDS), *DIVERGENT])
 def test_every_loss_behind_the_row_loop(target, loss, divergence):
@@ -238,14 +238,14 @@ def test_every_loss_behind_the_row_loop(target, loss, divergence):
         assert_row_loop_is_wide(code, 50257)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_single_loss(target):
     for code in compile_losses(target, KERNEL_IDS) + compile_losses(target, MARGINS, ("forward_kl", "js", "alpha")):
         assert code.stack == 0, f"{code.name} on {target}"
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", [128, 1000, 5000, 32000, 50257])
@@ -291,7 +291,7 @@ def test_tile_kernels(target, compute):
             assert_streams_well(code, width)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("compute", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{"softcap": 30.0}, {"stats": 15}, {"softcap": 30.0, "stats": 15}], ids=str)
