@@ -23,7 +23,7 @@ from dpo.model import prepare
 from dpo.optim import Schedule, apply_update, build_optimizer, set_lr
 from dpo.packing import Group
 from dpo.reference import CachedReference, no_reference
-from dpo.steps import StepDataset, StepPlan
+from dpo.steps import StepBatch, StepDataset, StepPlan
 
 
 class Preferences(list[Group]):
@@ -87,16 +87,20 @@ class Trainer:
                 lambda step: bar.advance(pairs=step.num_pairs, tokens=step.num_tokens),
             )
 
-    def backward(self, run: Run, policy: Any, index: int) -> PairSums:
+    def steps_of(self, run: Run) -> StepDataset:
+        """The steps, with what the run compares in them."""
+        return self.ranked if run.rankings else self.steps
+
+    def backward(self, run: Run, policy: Any, step: StepBatch) -> PairSums:
         """Forward and backward of one step by the trainer; gradients accumulate in the policy."""
-        step = (self.ranked if run.rankings else self.steps)[index]
         objective = Objective(loss=run.loss, beta=run.beta, options=run.options)
         reference = self.logps if objective.call.reference else no_reference
         return forward_backward(policy, step, reference, objective).sums
 
     def policies(self, run: Run) -> Iterator[tuple[int, Any]]:
         """Steps done and the policy, wherever the run is to be measured."""
-        settings, total = self.settings, len(self.steps)
+        settings, steps = self.settings, self.steps_of(run)
+        total = len(steps)
         policy = copy.deepcopy(self.reference)
         prepare(policy, "shared")
         optimizer = build_optimizer(settings.optimizer, policy.parameters(), lr=1.0)
@@ -106,8 +110,9 @@ class Trainer:
             for index in range(total):
                 policy.train()
                 set_lr(optimizer, schedule(index))
-                sums = self.backward(run, policy, index)
+                step = steps[index]
+                sums = self.backward(run, policy, step)
                 apply_update(optimizer, sums.loss, settings.grad_clip)
-                bar.advance(pairs=0, tokens=0)
+                bar.advance(pairs=step.num_pairs, tokens=step.num_tokens)
                 if index + 1 in stops:
                     yield index + 1, policy

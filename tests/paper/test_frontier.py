@@ -212,7 +212,7 @@ def test_every_run_trains_its_own_loss():
     for method, run in found.items():
         (index,) = range(len(trainer.steps))
         policy = copy.deepcopy(base)
-        trainer.backward(run, policy, index)
+        trainer.backward(run, policy, trainer.steps_of(run)[index])
         expected = copy.deepcopy(base)
         prepare(expected, "padded")
         lp = torch.stack([plain_logp(expected, groups[0].prompt, y) for y in groups[0].completions])
