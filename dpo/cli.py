@@ -26,7 +26,7 @@ from dpo.commands import (
 )
 from dpo.config import TrainConfig, yaml_to_args
 from dpo.errors import Stopped, UserError
-from dpo.flags import check_command, check_words
+from dpo.flags import by_topic, check_command, check_words, flat
 
 COMMANDS: dict[str, type] = {
     "train": TrainConfig,
@@ -71,11 +71,12 @@ def parse(words: Sequence[str]) -> Any:
     words = _with_config_file(words)
     if words[0] in COMMANDS:
         check_words(words[0], COMMANDS[words[0]], words[1:])
-    known: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())]  # noqa: UP007
+    kinds = (Annotated[by_topic(kind), tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
+    known: Any = Union[tuple(kinds)]  # noqa: UP007
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(
+            parsed = tyro.cli(
                 known,
                 prog="dpo",
                 description="Direct Preference Optimization with one packed, prefix-shared forward pass.",
@@ -86,6 +87,7 @@ def parse(words: Sequence[str]) -> Any:
         if not stop.code:  # --help
             raise
         raise UserError(" ".join(re.sub("[\u2500-\u257f]", " ", told.getvalue()).split())) from None
+    return flat(parsed)
 
 
 def _together(function: Callable[[Any], object], config: Any) -> None:

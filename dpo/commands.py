@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
 from dpo.config import DataConfig, InputConfig, flag_of, require
+from dpo.settings import ScoreFlags
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(DataConfig):
     """Fill the reference cache of a training run: takes the model and the data, and how they are drawn, as it does."""
 
-    beta: Annotated[float, tyro.conf.Suppress] = 0.1
-
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig(InputConfig):
+class ScoreConfig(ScoreFlags, InputConfig):
     """Score preference pairs: implicit rewards, margins and accuracy of a policy against its reference."""
 
-    reference: str
-    """The model that rewards are measured from: an id or a folder, of a model or of a LoRA adapter."""
-    output: str | None = None
-    """A .jsonl file to write, a row a pair in input order. None: only the table."""
-    overwrite: bool = False
-    """Write over --output where it exists."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.beta < math.inf, "--beta", "a positive number", self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""Command-line words held against a command's settings before they are parsed: what is wrong with one, in a line."""
+"""A command's settings as the parser takes them, by topic; and words held against them before they are parsed: what is
+wrong with one, in a line."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from dpo.errors import UserError
+from dpo.settings import TOPICS
 
 HELP = {"-h", "--help"}
 _NUMBERS = {int: "a whole number", float: "a number"}
@@ -34,6 +36,29 @@ _ELSEWHERE = {
     "--resume-from-checkpoint": "--resume",
 }
 """What other trainers call our flags."""
+
+
+def by_topic(command: type) -> type:
+    """The command with its flags nested by topic, which is how the parser comes to a box of `--help` for each.
+
+    A command whose flags have no topic is returned as it is. `flat` undoes it.
+    """
+    nested = []
+    for topic, kinds in TOPICS.items():
+        bases = tuple(kind for kind in reversed(kinds) if issubclass(command, kind))
+        if bases:
+            together = dataclasses.dataclass(frozen=True, kw_only=True)(type(topic, bases, {"__doc__": ""}))
+            nested.append((topic, Annotated[together, tyro.conf.OmitArgPrefixes]))
+    if not nested:
+        return command
+    return dataclasses.make_dataclass(command.__name__, nested, namespace={"__doc__": command.__doc__, "flat": command})
+
+
+def flat(parsed: Any) -> Any:
+    """The settings of a command from what the parser made of `by_topic(command)`."""
+    if not hasattr(parsed, "flat"):
+        return parsed
+    return parsed.flat(**{name: value for topic in vars(parsed).values() for name, value in vars(topic).items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +105,6 @@ def _settings(command: type) -> Iterator[_Setting]:
         kind, marks = hints[field.name], ()
         if get_origin(kind) is Annotated:
             kind, *marks = get_args(kind)
-        if tyro.conf.Suppress in marks:
-            continue
         parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
         kinds = [part for part in parts if part is not type(None)]
         kind = kinds[0] if len(kinds) == 1 else Any  # the parser's own words are good enough for a union

@@ -200,7 +200,6 @@ def load_train_and_eval(config: DataConfig, policy: Policy) -> tuple[PreferenceD
 def objective_of(config: InputConfig) -> Objective:
     """The objective that the flags ask for (scoring has no loss but its arithmetic)."""
     objective = Objective(
-        beta=config.beta,
         top_k=config.ranking_top_k,
         autocast=AUTOCAST[config.dtype],
         head_plan=config.head_plan,
@@ -210,7 +209,7 @@ def objective_of(config: InputConfig) -> Objective:
     if isinstance(config, TrainConfig):
         baseline = RunningBaseline(resolve_device(config.device)) if config.running_baseline else None
         objective = replace(objective, router_aux_loss=config.router_aux_loss)
-        return replace(objective, loss=config.loss, options=config.loss_options, baseline=baseline)
+        return replace(objective, loss=config.loss, beta=config.beta, options=config.loss_options, baseline=baseline)
     return objective
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from dpo.commands import LossesConfig
 from dpo.console import console, say
-from dpo.lossflags import LossConfig
+from dpo.lossflags import LossFlags
 
 _RANKING = (
     "--comparisons ranking",
@@ -56,7 +56,7 @@ def print_losses(config: LossesConfig) -> None:
     """
     names = list(LOSSES)
     if config.loss is not None:
-        names = [term.name for term in LossConfig(loss=config.loss).pair_call().terms]
+        names = [term.name for term in LossFlags(loss=config.loss).pair_call().terms]
     out = Table(title="losses of dpo train --loss", title_justify="left", show_lines=True)
     for column in ("loss", "formula", "options, as they are without the flag", "needs", "paper"):
         out.add_column(column, overflow="fold", max_width=18 if column == "needs" else None)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossFlags:
     """A loss and its options. One that the loss does not use is an error; `dpo losses` prints who uses what."""
 
     loss: str = "sigmoid"
@@ -21,6 +21,8 @@ class LossConfig:
     bco_pair, sppo_hard, apo_zero, apo_down, discopop, aot, aot_unpaired,
     sigmoid_norm, simpo, alphapo, orpo, cpo, unlikelihood, sft.
     `dpo losses` explains each."""
+    beta: float = 0.1
+    """Strength of the pull to the reference: a reward is beta times the log ratio of policy to reference."""
     label_smoothing: float | None = None
     """Probability that a preference is labelled the wrong way round (conservative DPO). None: the loss's own."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = None
@@ -51,7 +53,8 @@ class LossConfig:
     @property
     def loss_options(self) -> dict[str, Any]:
         """The options that were given, as `dpo_kernels` takes them."""
-        options = {field.name: getattr(self, field.name) for field in fields(LossConfig) if field.name != "loss"}
+        options = {field.name: getattr(self, field.name) for field in fields(LossFlags)}
+        del options["loss"], options["beta"]
         if options["bco_baseline"] is not None:
             options["bco_baseline"] = 0.0
         return {name: value for name, value in options.items() if value is not None}

@@ -86,9 +86,9 @@ def test_pytest_benchmarks_and_library_do_not_import_tests():
 
 def test_help_breaks_lines_where_they_are_meant_to_break():
     """`--help` keeps the line breaks of a setting's docstring: lines that fill a terminal would break twice."""
-    for name in ("config", "lossflags", "commands"):
+    for name in ("settings", "lossflags", "commands"):
         for owner in ast.parse((ROOT / "dpo" / f"{name}.py").read_text()).body:
-            if not (isinstance(owner, ast.ClassDef) and owner.name.endswith("Config")):
+            if not (isinstance(owner, ast.ClassDef) and owner.name.endswith(("Flags", "Config"))):
                 continue
             texts = [ast.literal_eval(node.value) for node in owner.body if isinstance(node, ast.Expr)]
             for text in texts[1:]:  # the first is the class's

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -14,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.cli import main
+from dpo.commands import CacheConfig, ScoreConfig
+from dpo.config import TrainConfig
+from dpo.flags import by_topic
 from dpo.metrics import read_json_lines
 from tests.train.toy import write_model, write_toy
 
@@ -290,6 +296,26 @@ def test_score_does_not_write_over_a_file(toy, tmp_path, capsys):
     error = fails(capsys, *words, "--data", str(toy / "held_out.jsonl"), "--output", str(tmp_path / "kept"))
     assert "--overwrite" in error
     assert (tmp_path / "kept").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", [TrainConfig, CacheConfig, ScoreConfig])
+def test_every_flag_has_one_topic(command):
+    topics = get_type_hints(by_topic(command))
+    nested = [field.name for topic in topics.values() for field in dataclasses.fields(topic)]
+    assert sorted(nested) == sorted(field.name for field in dataclasses.fields(command))
+
+
+def test_help_has_a_box_a_topic(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    topic, box = {}, ""
+    for line in capsys.readouterr().out.splitlines():
+        if title := re.match(r"\W+(\w+) options\W+$", line):
+            box = title[1]
+        elif flag := re.match(r"\W (--[\w-]+)", line):
+            topic[flag[1]] = box
+    expected = {"--model": "main", "--beta": "loss", "--lr": "optimizer", "--lora-r": "lora", "--dtype": "forward"}
+    assert expected.items() <= topic.items()
 
 
 def test_help_and_version(capsys):

@@ -19,7 +19,7 @@ from dpo.cli import main
 from dpo.engine import forward_backward, forward_only
 from dpo.loss import Objective
 from dpo.losses import flags_of
-from dpo.lossflags import LossConfig
+from dpo.lossflags import LossFlags
 from dpo.metrics import read_json_lines
 from dpo.model import prepare
 from dpo.reference import OnlineReference, no_reference
@@ -59,7 +59,7 @@ def toy(tmp_path_factory):
 
 def train(toy: Path, output: Path, loss: str, *flags: str, steps: int = 1) -> list[dict]:
     words = ["train", "--model", str(toy / "model"), "--data", str(toy / "pairs.jsonl"), "--output", str(output)]
-    if LossConfig(loss=loss).pair_call().reference:
+    if LossFlags(loss=loss).pair_call().reference:
         words += ["--reference-model", str(toy / "other")]
     words += ["--pairs-per-step", str(PAIRS), "--max-steps", str(steps), "--lr", "1e-3", "--warmup-steps", "0"]
     main([*words, "--no-check-sharing", "--loss", loss, *flags])
