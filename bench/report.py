@@ -65,7 +65,7 @@ def _cpu() -> str:
 def ratios(sides: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """How `shared` stands to the others: times by the minimum and by the median, peak memory, time over the floor.
     Without it, how the patched TRL stands to them."""
-    ours, found = sides.get("shared") or sides.get("trl-patched"), {}
+    ours, found = sides.get("shared") or sides.get("trl-shared") or sides.get("trl-patched"), {}
     if ours is None:
         return found
     for other in ("trl", "padded"):

@@ -8,19 +8,28 @@ logging, progress bar and callbacks.
 
 import importlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import dpo_kernels
 from datasets import Dataset
-from dpo_kernels import patch_trl
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+import dpo
 from bench.workload import EOS, ModelShape, Pair, StepSettings
 
 trl: Any = importlib.import_module("trl")  # an optional peer: type checkers need not find it
 
+PATCHES: dict[str, Callable[[Any], Any]] = {
+    "trl": lambda trainer: trainer,
+    "trl-patched": dpo_kernels.patch_trl,
+    "trl-shared": dpo.patch_trl,
+}
+"""TRL as it is, with our head and loss, and with our forward too."""
+LAYOUTS = {"trl-shared": "one packed row, a prompt once for all of its completions"}
+HEADS = {"trl": "every position (TRL's path without Triton)"}
 OPTIMIZERS = {"rmsprop": "rmsprop", "adamw": "adamw_torch_fused"}
 
 
@@ -72,15 +81,15 @@ def trainer_options(settings: StepSettings, max_steps: int) -> dict[str, Any]:
 
 
 def build_trainer(
-    settings: StepSettings, steps: Sequence[Sequence[Pair]], *, patched: bool = False, **overrides: Any
+    settings: StepSettings, steps: Sequence[Sequence[Pair]], *, name: str = "trl", **overrides: Any
 ) -> Any:
     """TRL's trainer on the pairs of `steps`, with an online reference of the policy's initial weights.
 
-    patched: with the head and the loss of `dpo_kernels.patch_trl`.
+    name: of `PATCHES`.
     """
     transformers_logging.set_verbosity_error()
     options = trainer_options(settings, max(1, len(steps))) | overrides
-    return (patch_trl(_TokenIdTrainer) if patched else _TokenIdTrainer)(
+    return PATCHES[name](_TokenIdTrainer)(
         model=settings.model.build(),
         ref_model=settings.model.build(),
         args=trl.DPOConfig(output_dir=tempfile.mkdtemp(prefix="bench-trl-"), **options),
@@ -92,10 +101,9 @@ def build_trainer(
 class TrlSide:
     """TRL 1.16 DPOTrainer; `step(pairs)` trains on the pairs and returns the loss."""
 
-    def __init__(self, settings: StepSettings, steps: Sequence[Sequence[Pair]], *, patched: bool = False):
-        self.settings, self.patched = settings, patched
-        self.name = "trl-patched" if patched else "trl"
-        self.trainer = build_trainer(settings, steps, patched=patched)
+    def __init__(self, settings: StepSettings, steps: Sequence[Sequence[Pair]], name: str = "trl"):
+        self.settings, self.name = settings, name
+        self.trainer = build_trainer(settings, steps, name=name)
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.create_optimizer_and_scheduler(10**6)
         self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
@@ -116,9 +124,9 @@ class TrlSide:
         return {
             "trainer": "trl.DPOTrainer",
             "attention": self.trainer.model.config._attn_implementation,
-            "layout": "chosen and rejected padded to the longest row of the batch",
+            "layout": LAYOUTS.get(self.name, "chosen and rejected padded to the longest row of the batch"),
             "reference": "online",
-            "lm_head": "completion rows, dpo_kernels" if self.patched else "every position (TRL's path without Triton)",
+            "lm_head": HEADS.get(self.name, "completion rows, dpo_kernels"),
             "optimizer": type(self.trainer.optimizer).__name__,
             "optimizer_defaults": {k: v for k, v in self.trainer.optimizer.defaults.items() if v is not None},
             "dpo_config": trainer_options(self.settings, 1),

@@ -18,16 +18,16 @@ from bench.workload import LengthMix, ModelShape, Pair, StepSettings
 from dpo.resident import peak_bytes, resident_bytes
 
 SIDES = ("trl", "padded", "shared", "floor")
-EXTRA_SIDES = ("trl-patched",)
-"""Run when named: TRL with `dpo_kernels.patch_trl`."""
+EXTRA_SIDES = ("trl-patched", "trl-shared")
+"""Run when named: TRL with `dpo_kernels.patch_trl`, and with `dpo.patch_trl`."""
 
 
 def build_side(name: str, settings: StepSettings, steps: Sequence[Sequence[Pair]]) -> Any:
     """The side called `name`; its heavy imports happen here."""
-    if name in ("trl", "trl-patched"):
+    if name.startswith("trl"):
         from bench.trl_step import TrlSide
 
-        return TrlSide(settings, steps, patched=name == "trl-patched")
+        return TrlSide(settings, steps, name)
     if name == "floor":
         from bench.floor import FloorSide
 

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpo.model import LogPs, shared_logps
     from dpo.packing import Group, PackedBatch, pack
+    from dpo.trl import patch_trl
 
 __version__ = "0.1.0"
-__all__ = ["Group", "LogPs", "PackedBatch", "__version__", "pack", "shared_logps"]
+__all__ = ["Group", "LogPs", "PackedBatch", "__version__", "pack", "patch_trl", "shared_logps"]
 
 _HOME = {
     "Group": "dpo.packing",
     "PackedBatch": "dpo.packing",
     "pack": "dpo.packing",
+    "patch_trl": "dpo.trl",
     "LogPs": "dpo.model",
     "shared_logps": "dpo.model",
 }

@@ -1,14 +1,14 @@
 """patch_trl: TRL's DPOTrainer on this package's LM head and loss. The only place that imports trl (1.16).
 
 Shapes: B sequences (all chosen, then all rejected), L length, N completion tokens of the batch, T = B/2 pairs.
-Order: what is refused, the head, the loss, the metrics, the trainer, the public function.
+Order: what is refused, the trunk and the head, the loss, the metrics, the trainer, the public function.
 """
 
 import functools
 import importlib
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -117,7 +117,27 @@ def _models(trainer: Any) -> list[Any]:
     return [model.get_base_model() if hasattr(model, "get_base_model") else model for model in held]
 
 
-def add_head(model: Any, autocast: Callable[[], AbstractContextManager], stats: tuple[str, ...]) -> None:
+class PaddedTrunk:
+    """How hidden rows are computed: by the model's own forward of the padded batch."""
+
+    def check(self, trainer: Any, models: Sequence[Any]) -> None:
+        """Raises ValueError naming what of the trainer or its causal LMs is not honoured; readies the models."""
+
+    def own_forward(self, model: Any) -> AbstractContextManager:
+        """Context in which the model computes as it does without this package."""
+        return nullcontext()
+
+    def hidden(self, model: Any, rows: Tensor, *args: Any, **inputs: Any) -> Tensor:
+        """[N, H] for the True places of rows [B, L - 1], in row order. inputs: those of the model's forward."""
+        return model.base_model(*args, **inputs).last_hidden_state[:, :-1][rows]
+
+
+_PADDED = PaddedTrunk()
+
+
+def add_head(
+    model: Any, autocast: Callable[[], AbstractContextManager], stats: tuple[str, ...], trunk: PaddedTrunk
+) -> None:
     """`model(..., labels=[B, L], fused_lm_head=True)` returns `TokenStats` of the N rows with a label, in row order.
 
     As TRL's own patch it replaces the instance's `forward`, so that DDP, peft and hooks stay around it; every other
@@ -130,14 +150,14 @@ def add_head(model: Any, autocast: Callable[[], AbstractContextManager], stats: 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if not fused_lm_head or labels is None:
-            return before(*args, **kwargs) if labels is None else before(*args, labels=labels, **kwargs)
+            with trunk.own_forward(self):
+                return before(*args, **kwargs) if labels is None else before(*args, labels=labels, **kwargs)
         with autocast():
-            hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
             head = self.get_output_embeddings()
             targets = labels[:, 1:]
             rows = targets != -100
             found = linear_token_logps(
-                hidden[rows],
+                trunk.hidden(self, rows, *args, **kwargs),
                 head.weight,
                 targets[rows],
                 bias=getattr(head, "bias", None),
@@ -302,6 +322,8 @@ def _log(trainer: Any, sums: Mapping[str, Tensor]) -> None:
 class _Fused:
     """What `patch_trl` puts in front of DPOTrainer in the order of methods."""
 
+    _dpo_trunk: PaddedTrunk
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         initialize: Any = super().__init__
         options = inspect.signature(initialize).bind_partial(*args, **kwargs).arguments.get("args")
@@ -331,17 +353,30 @@ def _install(trainer: Any) -> None:
     """Gives the trainer's models our head, once."""
     check_trainer(trainer)
     stats = (*STATS, "log_sum_sq") if trainer.use_weighting else STATS
-    for model, needed in zip(_models(trainer), (stats, ()), strict=False):
-        if not getattr(model.forward, "_dpo_kernels", False):
-            add_head(model, trainer.accelerator.autocast, needed)
+    models, trunk = _models(trainer), trainer._dpo_trunk
+    new = [(model, needed) for model, needed in zip(models, (stats, ()), strict=False) if not _has_head(model)]
+    if new:
+        trunk.check(trainer, models)
+    for model, needed in new:
+        add_head(model, trainer.accelerator.autocast, needed, trunk)
+
+
+def _has_head(model: Any) -> bool:
+    return getattr(model.forward, "_dpo_kernels", False)
 
 
 @functools.cache
-def _fused(base: type) -> type:
-    return type(base.__name__, (_Fused, base), {"__doc__": base.__doc__, "__module__": base.__module__})
+def _fused(base: type, trunk: PaddedTrunk) -> type:
+    named = {"__doc__": base.__doc__, "__module__": base.__module__, "_dpo_trunk": trunk}
+    return type(base.__name__, (_Fused, base), named)
 
 
-def patch_trl(target: Any) -> Any:
+def _refuse_another_trunk(kind: type, trunk: PaddedTrunk) -> None:
+    if issubclass(kind, _Fused) and kind._dpo_trunk is not trunk:
+        raise ValueError("target: expected a trainer that is not patched, found one with another forward")
+
+
+def patch_trl(target: Any, *, trunk: PaddedTrunk = _PADDED) -> Any:
     """TRL's DPOTrainer with this package's LM head and loss: same arguments, metrics and results, less time and memory.
 
     target: a trainer (`patch_trl(trainer)`, after which `trainer.train()` runs here; returned too), or the class or a
@@ -349,19 +384,22 @@ def patch_trl(target: Any) -> Any:
     reach the LM head, for policy and reference; log ratios are summed token by token in float64. Honoured: every
     loss_type and option of the loss, precompute_ref_log_probs (through the class also the precomputation itself),
     sync_ref_model, peft adapters (not of the head), mixed precision, DDP, and whatever lies outside loss and head.
-    ValueError names any other option and its value, and any that TRL ignores.
+    ValueError names any other option and its value, and any that TRL ignores. trunk: how hidden rows are computed;
+    `dpo.patch_trl` passes one that packs the batch and computes each prompt once.
     """
     trl = importlib.import_module("trl")
     if not trl.__version__.startswith("1.16."):
         raise ValueError(f"trl: expected version 1.16, whose trainer this replaces parts of, found {trl.__version__}")
     DPOTrainer = trl.DPOTrainer
     if isinstance(target, type) and issubclass(target, DPOTrainer):
-        return target if issubclass(target, _Fused) else _fused(target)
+        _refuse_another_trunk(target, trunk)
+        return target if issubclass(target, _Fused) else _fused(target, trunk)
     if not isinstance(target, DPOTrainer):
         found = target.__name__ if isinstance(target, type) else type(target).__name__
         raise ValueError(f"target: expected trl's DPOTrainer, a subclass, or a trainer of it, found {found}")
+    _refuse_another_trunk(type(target), trunk)
     check_trainer(target)
     if not isinstance(target, _Fused):
-        target.__class__ = _fused(type(target))
+        target.__class__ = _fused(type(target), trunk)
     _install(target)
     return target

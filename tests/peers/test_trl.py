@@ -293,10 +293,12 @@ def test_every_option_of_dpo_config_is_accounted_for():
 DISTRIBUTED = """
 import json, sys
 from pathlib import Path
-from dpo_kernels import patch_trl
+import dpo
+import dpo_kernels
 from tests.peers.test_trl import build, run, trl
-patched, toy, folder = sys.argv[1] == "patched", Path(sys.argv[2]), Path(sys.argv[3])
-trainer = build(toy, folder, patch_trl(trl().DPOTrainer) if patched else None, per_device_train_batch_size=2)
+patch = {"plain": lambda kind: kind, "head": dpo_kernels.patch_trl, "forward": dpo.patch_trl}[sys.argv[1]]
+toy, folder = Path(sys.argv[2]), Path(sys.argv[3])
+trainer = build(toy, folder, patch(trl().DPOTrainer), per_device_train_batch_size=2)
 assert trainer.accelerator.num_processes == 2
 records = run(trainer)
 if trainer.accelerator.is_main_process:
@@ -307,7 +309,7 @@ if trainer.accelerator.is_main_process:
 @pytest.mark.slow
 def test_two_processes_compute_what_trl_computes(toy, tmp_path):
     (tmp_path / "script.py").write_text(DISTRIBUTED)
-    for side in ("plain", "patched"):
+    for side in ("plain", "head", "forward"):
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
         root = Path(__file__).parent.parent.parent
         paths = os.pathsep.join([str(root), str(root / "kernels")])
@@ -315,5 +317,6 @@ def test_two_processes_compute_what_trl_computes(toy, tmp_path):
             [sys.executable, *words, side, str(toy), str(tmp_path)],
             env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, timeout=300,
         )  # fmt: skip
-    theirs, ours = (json.loads((tmp_path / f"{side}.json").read_text()) for side in ("plain", "patched"))
-    assert_same(ours, theirs)
+    theirs, *ours = (json.loads((tmp_path / f"{side}.json").read_text()) for side in ("plain", "head", "forward"))
+    assert_same(ours[0], theirs)
+    assert_same(ours[1], theirs)
