@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _end(f"dpo: {error}", error.status)
     except KeyboardInterrupt:
         _end("dpo: interrupted", 130)
+    except BrokenPipeError:  # whoever read the output has seen enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is flushed at the end
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except Exception:
         if not _one_of_several():
             raise

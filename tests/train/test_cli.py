@@ -7,6 +7,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_type_hints
 
@@ -316,6 +318,16 @@ def test_help_has_a_box_a_topic(capsys):
             topic[flag[1]] = box
     expected = {"--model": "main", "--beta": "loss", "--lr": "optimizer", "--lora-r": "lora", "--dtype": "forward"}
     assert expected.items() <= topic.items()
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["losses"]], ids=str)
+def test_a_reader_that_has_seen_enough_gets_no_traceback(words):
+    command = [sys.executable, "-m", "dpo.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
 
 
 def test_help_and_version(capsys):
