@@ -330,12 +330,12 @@ class _Fused:
         if options is not None:
             check_options(options)  # before any model is loaded
         initialize(*args, **kwargs)
-        _install(self)
+        _install(self, self._dpo_trunk)
 
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The reference's completion log-probs (chosen [T], rejected [T]) of a padded batch, fp32."""
         trainer: Any = self
-        _install(trainer)  # DPOTrainer.__init__ precomputes before it returns
+        _install(trainer, self._dpo_trunk)  # DPOTrainer.__init__ precomputes before it returns
         tokens = _Tokens.of(inputs, trainer.ld_alpha)
         return tokens.sums(_reference(trainer, inputs, tokens.labels, model)).float().chunk(2)
 
@@ -349,11 +349,11 @@ class _Fused:
             return loss, model(**_inputs_of(inputs))
 
 
-def _install(trainer: Any) -> None:
+def _install(trainer: Any, trunk: PaddedTrunk) -> None:
     """Gives the trainer's models our head, once."""
     check_trainer(trainer)
     stats = (*STATS, "log_sum_sq") if trainer.use_weighting else STATS
-    models, trunk = _models(trainer), trainer._dpo_trunk
+    models = _models(trainer)
     new = [(model, needed) for model, needed in zip(models, (stats, ()), strict=False) if not _has_head(model)]
     if new:
         trunk.check(trainer, models)
@@ -398,8 +398,7 @@ def patch_trl(target: Any, *, trunk: PaddedTrunk = _PADDED) -> Any:
         found = target.__name__ if isinstance(target, type) else type(target).__name__
         raise ValueError(f"target: expected trl's DPOTrainer, a subclass, or a trainer of it, found {found}")
     _refuse_another_trunk(type(target), trunk)
-    check_trainer(target)
+    _install(target, trunk)  # or refuses it and leaves it as it is
     if not isinstance(target, _Fused):
         target.__class__ = _fused(type(target), trunk)
-    _install(target)
     return target

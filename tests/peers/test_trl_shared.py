@@ -165,8 +165,11 @@ def test_evaluation_gets_the_models_own_logits(toy, tmp_path):
 
 def test_what_is_not_honoured_is_refused(toy, tmp_path):
     peft = pytest.importorskip("peft")
+    trainer = build(toy, tmp_path, neftune_noise_alpha=5.0)
     with pytest.raises(ValueError, match="neftune_noise_alpha: patch_trl expected None"):
-        patch_trl(build(toy, tmp_path, neftune_noise_alpha=5.0))
+        patch_trl(trainer)
+    assert type(trainer) is trl().DPOTrainer  # and trains as before
+    run(trainer)
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="peft_config: patch_trl expected adapters of weights"):
         patch_trl(build(toy, tmp_path, peft_config=config))
