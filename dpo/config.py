@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
-from dpo import settings as flags
 from dpo.comparisons import Comparisons
 from dpo.errors import UserError
 from dpo.lossflags import LossFlags
+from dpo.settings import DrawFlags, InputFlags, TrainFlags
 
 Layout = Literal["shared", "packed", "padded"]
 """shared: [prompt | y_1 | ... | y_K]; packed: the prompt repeated before every completion, no padding; padded: one a
@@ -27,7 +27,7 @@ def require(condition: bool, flag: str, expected: str, found: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputConfig(flags.ForwardFlags, flags.DataFlags, flags.MainFlags):
+class InputConfig(InputFlags):
     """What training and scoring have in common: a model, preference data, and how they run."""
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class InputConfig(flags.ForwardFlags, flags.DataFlags, flags.MainFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(flags.MemoryFlags, flags.ReferenceFlags, flags.StepFlags, flags.HeldOutFlags, InputConfig):
+class DataConfig(DrawFlags, InputConfig):
     """What training and filling its reference cache have in common: which data are drawn how, and the reference."""
 
     def __post_init__(self) -> None:
@@ -72,21 +72,7 @@ class DataConfig(flags.MemoryFlags, flags.ReferenceFlags, flags.StepFlags, flags
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(
-    flags.HubFlags,
-    flags.SampleFlags,
-    flags.LoggingFlags,
-    flags.CheckpointFlags,
-    flags.EvaluationFlags,
-    flags.LoraFlags,
-    flags.TrainMemoryFlags,
-    flags.OptimizerFlags,
-    flags.TrainStepFlags,
-    flags.TrainReferenceFlags,
-    LossFlags,
-    flags.OutputFlags,
-    DataConfig,
-):
+class TrainConfig(TrainFlags, DataConfig):
     """Train a language model on preferences with Direct Preference Optimization."""
 
     def __post_init__(self) -> None:
@@ -100,8 +86,7 @@ class TrainConfig(
             value = getattr(self, name)
             require(value is None or 0 <= value < math.inf, flag_of(name), "zero or more", value)
         if self.comparisons == "ranking":
-            unused = [f for f in dataclasses.fields(LossFlags) if f.name != "beta"]
-            changed = [f for f in unused if getattr(self, f.name) != f.default]
+            changed = [f for f in dataclasses.fields(LossFlags) if getattr(self, f.name) != f.default]
             for option in changed[:1]:
                 expected = "the default beside --comparisons ranking, which does not use it"
                 require(False, flag_of(option.name), expected, getattr(self, option.name))

@@ -21,8 +21,6 @@ class LossFlags:
     bco_pair, sppo_hard, apo_zero, apo_down, discopop, aot, aot_unpaired,
     sigmoid_norm, simpo, alphapo, orpo, cpo, unlikelihood, sft.
     `dpo losses` explains each."""
-    beta: float = 0.1
-    """Strength of the pull to the reference: a reward is beta times the log ratio of policy to reference."""
     label_smoothing: float | None = None
     """Probability that a preference is labelled the wrong way round (conservative DPO). None: the loss's own."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = None
@@ -53,8 +51,7 @@ class LossFlags:
     @property
     def loss_options(self) -> dict[str, Any]:
         """The options that were given, as `dpo_kernels` takes them."""
-        options = {field.name: getattr(self, field.name) for field in fields(LossFlags)}
-        del options["loss"], options["beta"]
+        options = {field.name: getattr(self, field.name) for field in fields(LossFlags) if field.name != "loss"}
         if options["bco_baseline"] is not None:
             options["bco_baseline"] = 0.0
         return {name: value for name, value in options.items() if value is not None}

@@ -137,6 +137,14 @@ class OutputFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardFlags:
+    """What the loss is a function of."""
+
+    beta: float = 0.1
+    """Strength of the pull to the reference: a reward is beta times the log ratio of policy to reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainStepFlags:
     """How many steps, and what they average."""
 
@@ -299,10 +307,39 @@ class ScoreFlags:
     """Write over --output where it exists."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class InputFlags(ForwardFlags, DataFlags, MainFlags):
+    """What `dpo train`, `dpo cache` and `dpo score` have in common."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawFlags(MemoryFlags, ReferenceFlags, StepFlags, HeldOutFlags):
+    """What `dpo train` and `dpo cache` have in common beside those."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(
+    HubFlags,
+    SampleFlags,
+    LoggingFlags,
+    CheckpointFlags,
+    EvaluationFlags,
+    LoraFlags,
+    TrainMemoryFlags,
+    OptimizerFlags,
+    TrainStepFlags,
+    TrainReferenceFlags,
+    LossFlags,
+    RewardFlags,
+    OutputFlags,
+):
+    """What only `dpo train` takes."""
+
+
 TOPICS: dict[str, tuple[type, ...]] = {
     "main": (MainFlags, ScoreFlags, OutputFlags),
     "data": (DataFlags,),
-    "loss": (LossFlags,),
+    "loss": (RewardFlags, LossFlags),
     "reference": (ReferenceFlags, TrainReferenceFlags),
     "optimizer": (OptimizerFlags,),
     "step": (StepFlags, TrainStepFlags),
