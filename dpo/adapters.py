@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from dpo.errors import UserError
+from dpo.modes import in_evaluation
 
 TRAINED, REFERENCE = "default", "reference"
 """Names of the adapter that trains, and of the frozen copy of the adapter that training started from."""
@@ -179,16 +180,15 @@ def _load_weights(wrapper: Any, path: str, name: str, flag: str) -> None:
 @contextmanager
 def as_reference(model: Any) -> Iterator[None]:
     """Inside, a model computes what its reference does: no dropout, the adapter off (its frozen starting copy on)."""
-    training, wrapper = model.training, adapter_of(model)
-    model.eval()
-    if wrapper is not None:
-        _switch(wrapper, on=False)
-    try:
-        yield
-    finally:
+    wrapper = adapter_of(model)
+    with in_evaluation(model):
         if wrapper is not None:
-            _switch(wrapper, on=True)
-        model.train(training)
+            _switch(wrapper, on=False)
+        try:
+            yield
+        finally:
+            if wrapper is not None:
+                _switch(wrapper, on=True)
 
 
 def _switch(wrapper: Any, *, on: bool) -> None:

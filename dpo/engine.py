@@ -15,6 +15,7 @@ from torch import Tensor
 from dpo.distributed import all_sum, is_main
 from dpo.loss import CoupledLoss, Objective, RefLogps, bin_loss, coupled_backward, coupled_loss
 from dpo.metrics import PairSums, completion_sums
+from dpo.modes import in_evaluation
 from dpo.parallel import gathered_once, last_of_step
 from dpo.steps import Bin, StepBatch
 
@@ -119,16 +120,13 @@ def evaluate(
 
     see: called with each step (on the device) and its result.
     """
-    training = model.training
-    model.eval()
     total = PairSums(device)
-    with gathered_once(model):
+    with in_evaluation(model), gathered_once(model):
         for step in steps:
             moved = step.to(device)
             result = forward_only(model, moved, ref_logps, objective)
             total.sums += result.sums.sums
             if see is not None:
                 see(moved, result)
-    model.train(training)
     all_sum(total.sums)
     return total.read()

@@ -24,6 +24,7 @@ from dpo.errors import UserError
 from dpo.load import eos_token_ids
 from dpo.loss import Objective
 from dpo.model import shared_logps, stock_attention
+from dpo.modes import in_evaluation
 from dpo.packing import Group, Layout, pack, plan_groups, split_group
 from dpo.parallel import gathered_once, is_sharded
 from dpo.readers import read_rows
@@ -157,17 +158,15 @@ def _writing(model: Any, plan: SamplePlan) -> Iterator[None]:
         pad_token_id=plan.eos_token_ids[0],
         use_cache=True,
     )
-    training, before = model.training, model.generation_config
-    model.eval()
+    before = model.generation_config
     model.generation_config = settings
     model.config.use_cache = True
     try:
-        with stock_attention(model):
+        with in_evaluation(model), stock_attention(model):
             yield
     finally:
         model.config.use_cache = False
         model.generation_config = before
-        model.train(training)
 
 
 def _batches(rows: Sequence[Ids], plan: SamplePlan) -> Iterator[Sequence[Ids]]:
@@ -192,15 +191,13 @@ def sample_logps(model: Any, plan: SamplePlan, samples: Sequence[Sequence[Ids]],
     budget = max(plan.token_budget, longest)
     parts = [(k, part) for k, group in enumerate(groups) for part in split_group(group, budget, plan.layout)]
     found: dict[tuple[int, int], float] = {}
-    training = model.training
-    model.eval()
-    for members in plan_groups([part.group for _, part in parts], budget, plan.layout).bins:
-        batch = pack([parts[m][1].group for m in members], layout=plan.layout).to(device)
-        with objective.precision(device):
-            logps = shared_logps(model, batch, temperature=plan.temperature, backend=objective.backend)
-        keys = [(parts[m][0], c) for m in members for c in parts[m][1].completions]
-        found.update(zip(keys, logps.completion_logps.tolist(), strict=True))
-    model.train(training)
+    with in_evaluation(model):
+        for members in plan_groups([part.group for _, part in parts], budget, plan.layout).bins:
+            batch = pack([parts[m][1].group for m in members], layout=plan.layout).to(device)
+            with objective.precision(device):
+                logps = shared_logps(model, batch, temperature=plan.temperature, backend=objective.backend)
+            keys = [(parts[m][0], c) for m in members for c in parts[m][1].completions]
+            found.update(zip(keys, logps.completion_logps.tolist(), strict=True))
     return [found[key] for key in sorted(found)]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from dpo.checks import check_sharing
 from dpo.errors import UserError
 from dpo.model import prepare, stock_attention, trunk
+from dpo.modes import in_evaluation
 from dpo.packing import Group, PackedBatch, pack
 from dpo.support import refuse_dropout
 
@@ -83,10 +84,8 @@ def _check_once(model: Any, groups: Sequence[Group]) -> None:
     """Compares the packed forward with plain ones, without dropout, at the model's first batch."""
     if vars(model).get("_dpo_sharing_checked"):
         return
-    training = model.training
-    model.eval()
-    check_sharing(model, groups)
-    model.train(training)
+    with in_evaluation(model):
+        check_sharing(model, groups)
     vars(model)["_dpo_sharing_checked"] = True
 
 
