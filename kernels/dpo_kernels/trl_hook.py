@@ -167,7 +167,7 @@ def add_head(
             )
         return found if isinstance(found, TokenStats) else TokenStats(found)
 
-    vars(forward)["_dpo_kernels"] = True
+    vars(forward)["_dpo_trunk"] = trunk
     model.forward = types.MethodType(forward, model)
 
 
@@ -354,26 +354,25 @@ def _install(trainer: Any, trunk: PaddedTrunk) -> None:
     check_trainer(trainer)
     stats = (*STATS, "log_sum_sq") if trainer.use_weighting else STATS
     models = _models(trainer)
-    new = [(model, needed) for model, needed in zip(models, (stats, ()), strict=False) if not _has_head(model)]
+    new = [(m, needed) for m, needed in zip(models, (stats, ()), strict=False) if not _is_patched(m.forward, trunk)]
     if new:
         trunk.check(trainer, models)
     for model, needed in new:
         add_head(model, trainer.accelerator.autocast, needed, trunk)
 
 
-def _has_head(model: Any) -> bool:
-    return getattr(model.forward, "_dpo_kernels", False)
+def _is_patched(held: Any, trunk: PaddedTrunk) -> bool:
+    """Whether a trainer's class or a model's forward is ours already. ValueError if it has another trunk."""
+    found = getattr(held, "_dpo_trunk", None)
+    if found not in (None, trunk):
+        raise ValueError("target: expected a trainer that is not patched, found one with another forward")
+    return found is not None
 
 
 @functools.cache
 def _fused(base: type, trunk: PaddedTrunk) -> type:
     named = {"__doc__": base.__doc__, "__module__": base.__module__, "_dpo_trunk": trunk}
     return type(base.__name__, (_Fused, base), named)
-
-
-def _refuse_another_trunk(kind: type, trunk: PaddedTrunk) -> None:
-    if issubclass(kind, _Fused) and kind._dpo_trunk is not trunk:
-        raise ValueError("target: expected a trainer that is not patched, found one with another forward")
 
 
 def patch_trl(target: Any, *, trunk: PaddedTrunk = _PADDED) -> Any:
@@ -392,13 +391,11 @@ def patch_trl(target: Any, *, trunk: PaddedTrunk = _PADDED) -> Any:
         raise ValueError(f"trl: expected version 1.16, whose trainer this replaces parts of, found {trl.__version__}")
     DPOTrainer = trl.DPOTrainer
     if isinstance(target, type) and issubclass(target, DPOTrainer):
-        _refuse_another_trunk(target, trunk)
-        return target if issubclass(target, _Fused) else _fused(target, trunk)
+        return target if _is_patched(target, trunk) else _fused(target, trunk)
     if not isinstance(target, DPOTrainer):
         found = target.__name__ if isinstance(target, type) else type(target).__name__
         raise ValueError(f"target: expected trl's DPOTrainer, a subclass, or a trainer of it, found {found}")
-    _refuse_another_trunk(type(target), trunk)
     _install(target, trunk)  # or refuses it and leaves it as it is
-    if not isinstance(target, _Fused):
+    if not _is_patched(type(target), trunk):
         target.__class__ = _fused(type(target), trunk)
     return target
