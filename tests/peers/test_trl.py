@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,16 @@ def test_only_completion_rows_reach_the_head(toy, tmp_path, monkeypatch):
     assert seen == [(True, counted[0], True), (False, counted[0], True)]
 
 
+def ours_and_theirs(
+    patch: Callable[[Any], Any], form: str, toy: Path, tmp_path: Path, options: dict[str, Any]
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The records of a trainer that `patch` was given as `form` (class or trainer), and of TRL's own."""
+    theirs = run(build(toy, tmp_path / "a", **options))
+    if form == "class":
+        return run(build(toy, tmp_path / "b", patch(trl().DPOTrainer), **options)), theirs
+    return run(patch(build(toy, tmp_path / "b", **options))), theirs
+
+
 HONOURED = {
     "beta": {"beta": 0.5},
     "loss_weights": {"loss_weights": [0.3]},
@@ -149,12 +160,7 @@ HONOURED = {
 @pytest.mark.parametrize("options", HONOURED.values(), ids=HONOURED.keys())
 @pytest.mark.parametrize("form", ["class", "trainer"])
 def test_honoured_options_compute_what_trl_computes(toy, tmp_path, options, form):
-    theirs = run(build(toy, tmp_path / "a", **options))
-    if form == "class":
-        ours = run(build(toy, tmp_path / "b", patch_trl(trl().DPOTrainer), **options))
-    else:
-        ours = run(patch_trl(build(toy, tmp_path / "b", **options)))
-    assert_same(ours, theirs)
+    assert_same(*ours_and_theirs(patch_trl, form, toy, tmp_path, options))
 
 
 def test_bf16_is_as_near_to_fp32_as_trls(toy, tmp_path):
@@ -173,8 +179,10 @@ def test_bf16_is_as_near_to_fp32_as_trls(toy, tmp_path):
     assert ours[1]["logps/chosen"] != truth[1]["logps/chosen"]  # autocast is on
 
 
-@pytest.mark.parametrize("start", ["new", "continued", "prompt tuning"])
-def test_peft_adapters_and_their_reference(toy, tmp_path, start):
+def ours_and_theirs_with_adapters(
+    patch: Callable[[Any], Any], start: str, toy: Path, tmp_path: Path
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The same with an adapter of peft: new, continued (trained by somebody else), or prompt tuning."""
     peft = pytest.importorskip("peft")
     base = AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32)
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=start == "new")
@@ -190,7 +198,13 @@ def test_peft_adapters_and_their_reference(toy, tmp_path, start):
         plain = AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32)
         return {"model": peft.PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True)}
 
-    theirs, ours = run(build(toy, tmp_path, **options())), run(patch_trl(build(toy, tmp_path, **options())))
+    theirs = run(build(toy, tmp_path, **options()))
+    return run(patch(build(toy, tmp_path, **options()))), theirs
+
+
+@pytest.mark.parametrize("start", ["new", "continued", "prompt tuning"])
+def test_peft_adapters_and_their_reference(toy, tmp_path, start):
+    ours, theirs = ours_and_theirs_with_adapters(patch_trl, start, toy, tmp_path)
     assert_same(ours, theirs)
     assert (ours[0]["rewards/margins"] == 0.0) == (start != "prompt tuning")
 

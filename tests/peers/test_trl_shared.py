@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from dpo_kernels import patch_trl as patch_head
@@ -11,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo import patch_trl
 from dpo import trl as hook
-from tests.peers.test_trl import assert_same, build, pairs, run, trl
+from tests.peers.test_trl import assert_same, build, ours_and_theirs, ours_and_theirs_with_adapters, pairs, run, trl
 from tests.train.toy import write_model
 
 pytestmark = pytest.mark.peers
@@ -49,30 +47,12 @@ HONOURED = {
 @pytest.mark.parametrize("options", HONOURED.values(), ids=HONOURED.keys())
 @pytest.mark.parametrize("form", ["class", "trainer"])
 def test_honoured_options_compute_what_trl_computes(toy, tmp_path, options, form):
-    theirs = run(build(toy, tmp_path / "a", **options))
-    if form == "class":
-        ours = run(build(toy, tmp_path / "b", patch_trl(trl().DPOTrainer), **options))
-    else:
-        ours = run(patch_trl(build(toy, tmp_path / "b", **options)))
-    assert_same(ours, theirs)
+    assert_same(*ours_and_theirs(patch_trl, form, toy, tmp_path, options))
 
 
 @pytest.mark.parametrize("start", ["new", "continued"])
 def test_peft_adapters_and_their_reference(toy, tmp_path, start):
-    peft = pytest.importorskip("peft")
-    base = AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32)
-    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=start == "new")
-    if start == "continued":
-        torch.manual_seed(3)
-        peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
-
-    def options() -> dict[str, Any]:
-        if start == "new":
-            return {"peft_config": config}
-        plain = AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32)
-        return {"model": peft.PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True)}
-
-    theirs, ours = run(build(toy, tmp_path, **options())), run(patch_trl(build(toy, tmp_path, **options())))
+    ours, theirs = ours_and_theirs_with_adapters(patch_trl, start, toy, tmp_path)
     assert_same(ours, theirs)
     assert ours[0]["rewards/margins"] == 0.0
 
@@ -178,6 +158,8 @@ def test_what_is_not_honoured_is_refused(toy, tmp_path):
         patch_trl(build(toy, tmp_path, model=dropping))
     with pytest.raises(ValueError, match="target: expected a trainer that is not patched"):
         patch_trl(patch_head(build(toy, tmp_path)))
+    with pytest.raises(ValueError, match="expected a trainer that is not patched"):
+        patch_trl(patch_head(trl().DPOTrainer))
     patched = patch_trl(trl().DPOTrainer)
     assert patch_trl(patched) is patched
 

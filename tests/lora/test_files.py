@@ -12,36 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.cli import main
 from dpo.metrics import read_json_lines
-from tests.train.adapters import LORA, logits, score, train, write_adapter, write_small
+from tests.lora.runs import LORA, logits, score, train
 from tests.train.test_cli import fails
 from tests.train.toy import write_model
 
 peft: Any = pytest.importorskip("peft", reason="the lora extra is not installed")
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return write_small(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_curves():
-    """A picture takes as long as all the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo.train.draw_curves", lambda run: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def plain(toy, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "plain"
-    flags = "--eval-data", str(toy / "held_out.jsonl"), "--save-every", "2"
-    return run, train(toy, run, *LORA, *flags)
-
-
-@pytest.fixture(scope="module")
-def adapter(toy, tmp_path_factory):
-    return write_adapter(tmp_path_factory.mktemp("sft") / "adapter", toy / "model")
 
 
 def test_scoring_takes_adapters_wherever_it_takes_models(toy, plain, adapter, tmp_path):

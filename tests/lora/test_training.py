@@ -20,34 +20,9 @@ from dpo.metrics import read_json_lines
 from dpo.model import shared_logps, stock_attention
 from dpo.packing import Group, pack
 from dpo.reference import store_frozen
-from tests.train.adapters import LORA, close, logits, score, train, write_adapter, write_small
+from tests.lora.runs import LORA, close, logits, score, train
 
 peft: Any = pytest.importorskip("peft", reason="the lora extra is not installed")
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return write_small(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_curves():
-    """A picture takes as long as all the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo.train.draw_curves", lambda run: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def plain(toy, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "plain"
-    flags = "--eval-data", str(toy / "held_out.jsonl"), "--save-every", "2"
-    return run, train(toy, run, *LORA, *flags)
-
-
-@pytest.fixture(scope="module")
-def adapter(toy, tmp_path_factory):
-    return write_adapter(tmp_path_factory.mktemp("sft") / "adapter", toy / "model")
 
 
 def test_a_run_trains_the_adapter_and_nothing_else_and_plain_peft_loads_it(toy, plain):
